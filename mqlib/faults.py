@@ -1,0 +1,88 @@
+"""Faults that are real, and undone at the end of the block: a TCP proxy that counts, delays, cuts.
+
+Nodes have their own: `broker.nodes[0].kill()`, `.pause()`, `.resume()`, `.restart()`.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+from collections.abc import AsyncIterator
+from typing import Any
+from urllib.parse import urlsplit
+
+from .brokers import BrokerError, Kafka, RabbitMQ
+
+
+class Proxy:
+    """A TCP proxy in front of a broker. Connect through `client`; see what passed, and interfere."""
+
+    def __init__(self, client: dict[str, Any]) -> None:
+        self.client = client
+        """The keyword arguments with which a client connects through the proxy, as `broker.client`."""
+        self.up = 0
+        """Bytes from clients to the broker."""
+        self.down = 0
+        """Bytes from the broker to clients."""
+        self.delay = 0.0
+        """Seconds that each piece waits, in each direction."""
+        self._writers: set[asyncio.StreamWriter] = set()
+
+    def cut(self) -> None:
+        """Resets every connection, as a failing network does. New ones may be made."""
+        for writer in list(self._writers):
+            writer.transport.abort()
+
+    async def _serve(self, host: str, port: int, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        try:
+            remote_reader, remote_writer = await asyncio.open_connection(host, port)
+        except OSError:
+            writer.transport.abort()
+            return
+        both = {writer, remote_writer}
+        self._writers |= both
+        try:
+            async with asyncio.TaskGroup() as group:
+                group.create_task(self._pipe(reader, remote_writer, "up"))
+                group.create_task(self._pipe(remote_reader, writer, "down"))
+        finally:
+            self._writers -= both
+
+    async def _pipe(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter, direction: str) -> None:
+        with contextlib.suppress(OSError):
+            while data := await reader.read(65536):
+                if self.delay:
+                    await asyncio.sleep(self.delay)
+                setattr(self, direction, getattr(self, direction) + len(data))
+                writer.write(data)
+                await writer.drain()
+        writer.close()
+
+
+@contextlib.asynccontextmanager
+async def proxy(broker: Kafka | RabbitMQ) -> AsyncIterator[Proxy]:
+    """A proxy in front of a broker, for the length of the block.
+
+    For Kafka this must be a broker of your own (`mq.kafka(private=True)`): a client follows the address that the broker
+    advertises, so the broker needs a listener that advertises the proxy's. Raises `BrokerError` for another one.
+    """
+    if isinstance(broker, Kafka):
+        if broker.proxy_ports is None:
+            raise BrokerError("this Kafka is shared and advertises no proxy; use mq.kafka(private=True)")
+        target, port = broker.proxy_ports
+        host, client = "127.0.0.1", {**broker.client, "bootstrap_servers": f"127.0.0.1:{port}"}
+    else:
+        parts = urlsplit(broker.url)
+        host, target, port = parts.hostname or "localhost", parts.port or 5672, 0
+        client = dict(broker.client)
+    made = Proxy(client)
+    server = await asyncio.start_server(lambda r, w: made._serve(host, target, r, w), "127.0.0.1", port)
+    if isinstance(broker, RabbitMQ):
+        credentials = broker.url.partition("://")[2].rpartition("@")[0]
+        port = server.sockets[0].getsockname()[1]
+        made.client["url"] = f"amqp://{credentials}@127.0.0.1:{port}{urlsplit(broker.url).path}"
+    try:
+        yield made
+    finally:
+        server.close()
+        made.cut()

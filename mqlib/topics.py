@@ -1,0 +1,143 @@
+"""Kafka, around the calls that a reader came to see: topics, quiet clients, bounded receive, offsets."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import logging
+import time
+from collections.abc import AsyncIterator
+from typing import Any
+
+from aiokafka import AIOKafkaConsumer, AIOKafkaProducer, ConsumerRecord, TopicPartition
+from aiokafka.admin import AIOKafkaAdminClient, NewTopic
+
+from .brokers import BrokerError, Kafka
+from .waiting import until
+
+# Without a handler Python writes a library's warnings to stderr, where they look like output of the cell. Whoever
+# configures logging still gets them.
+logging.getLogger("aiokafka").addHandler(logging.NullHandler())
+
+STOP_SECONDS = 10.0
+
+
+@contextlib.asynccontextmanager
+async def _admin(kafka: Kafka) -> AsyncIterator[AIOKafkaAdminClient]:
+    admin = AIOKafkaAdminClient(**kafka.client)
+    await admin.start()
+    try:
+        yield admin
+    finally:
+        await admin.close()
+
+
+async def topic(kafka: Kafka, name: str, partitions: int = 1, replicas: int | None = None, **config: str | int) -> str:
+    """Makes a fresh topic in the namespace and returns its full name; a second call makes another.
+
+    `config` are topic settings with underscores for dots: `max_message_bytes=1000`. `replicas` defaults to one for each
+    server, at most three. It is deleted when the broker is left. Raises `BrokerError` when the broker refuses.
+    """
+    full = kafka.name(name)
+    settings = {key.replace("_", "."): str(value) for key, value in config.items()}
+    replicas = replicas or min(3, max(1, len(kafka.nodes)))
+    async with _admin(kafka) as admin:
+        answer = await admin.create_topics([NewTopic(full, partitions, replicas, topic_configs=settings)])
+        code, text = answer.topic_errors[0][1:3]
+        if code:
+            raise BrokerError(f"Kafka refuses the topic {name!r}: {text or f'error {code}'}")
+
+        # Created is not yet led: a send in between would meet a topic that its server does not know.
+        async def led() -> bool:
+            [found] = await admin.describe_topics([full])
+            return found["error_code"] == 0 and len([p for p in found["partitions"] if p["leader"] >= 0]) == partitions
+
+        await until(led, within=10)
+    return full
+
+
+async def _stop(client: AIOKafkaProducer | AIOKafkaConsumer) -> None:
+    """Stops a client within a bounded time, also when the broker is gone.
+
+    aiokafka 0.14: `stop` of a consumer without a group right after `start` raises `CancelledError` although nobody
+    cancelled; with auto-commit and a dead broker it never returns (aio-libs/aiokafka#659).
+    """
+    task = asyncio.ensure_future(client.stop())
+    done, _ = await asyncio.wait([task], timeout=STOP_SECONDS)
+    if not done:
+        task.cancel()
+        await client._client.close() if isinstance(client, AIOKafkaConsumer) else await client.client.close()
+        await asyncio.wait([task], timeout=1)
+    elif not task.cancelled() and (error := task.exception()) is not None:
+        raise error
+
+
+@contextlib.asynccontextmanager
+async def producer(kafka: Kafka, **options: Any) -> AsyncIterator[AIOKafkaProducer]:
+    """`AIOKafkaProducer(**kafka.client, **options)`, started, and stopped at the end of the block."""
+    client = AIOKafkaProducer(**kafka.client, **options)
+    await client.start()
+    try:
+        yield client
+    finally:
+        await _stop(client)
+
+
+@contextlib.asynccontextmanager
+async def consumer(kafka: Kafka, *topics: str, **options: Any) -> AsyncIterator[AIOKafkaConsumer]:
+    """`AIOKafkaConsumer(*topics, **kafka.client, **options)`, started, and stopped at the end of the block.
+
+    It reads from the earliest offset unless told otherwise, since here the records mostly come first.
+    """
+    client = AIOKafkaConsumer(*topics, **kafka.client, **{"auto_offset_reset": "earliest", **options})
+    await client.start()
+    try:
+        yield client
+    finally:
+        await _stop(client)
+
+
+async def take(consumer: AIOKafkaConsumer, count: int, within: float = 5.0) -> list[ConsumerRecord]:
+    """Up to `count` records, in the order in which they came; fewer when `within` seconds pass first."""
+    records: list[ConsumerRecord] = []
+    deadline = time.monotonic() + within
+    while len(records) < count and (left := deadline - time.monotonic()) > 0:
+        batch = await consumer.getmany(timeout_ms=int(left * 1000) + 1, max_records=count - len(records))
+        records += [record for several in batch.values() for record in several]
+    return records
+
+
+async def read(kafka: Kafka, *topics: str, within: float = 10.0, **options: Any) -> list[ConsumerRecord]:
+    """Everything that the topics hold now, partition by partition, without a group and without committing.
+
+    Ends at the end offsets that it finds at the start (with `isolation_level="read_committed"`, at the last stable
+    ones). Raises `TimeoutError` when that takes longer than `within` seconds.
+    """
+    records: list[ConsumerRecord] = []
+    async with consumer(kafka, **options) as reader:
+        parts = [TopicPartition(each, part) for each in topics for part in sorted(await _partitions(reader, each))]
+        reader.assign(parts)
+        ends = await reader.end_offsets(parts)
+        await reader.seek_to_beginning(*parts)
+        async with asyncio.timeout(within):
+            while any([await reader.position(part) < ends[part] for part in parts]):
+                for several in (await reader.getmany(timeout_ms=100)).values():
+                    records += several
+    return sorted(records, key=lambda record: (topics.index(record.topic), record.partition, record.offset))
+
+
+async def _partitions(reader: AIOKafkaConsumer, name: str) -> set[int]:
+    found = reader.partitions_for_topic(name)
+    if not found:
+        await reader._client.force_metadata_update()
+        reader._client.add_topic(name)
+        found = await until(lambda: reader.partitions_for_topic(name), within=5)
+    return set(found)
+
+
+async def end_offsets(kafka: Kafka, name: str) -> list[int]:
+    """The end offset of each partition: what the next record's offset will be."""
+    async with consumer(kafka) as reader:
+        parts = [TopicPartition(name, part) for part in sorted(await _partitions(reader, name))]
+        ends = await reader.end_offsets(parts)
+        return [ends[part] for part in parts]

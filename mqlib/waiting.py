@@ -1,0 +1,26 @@
+"""Waiting for a fact, never for a length of time."""
+
+from __future__ import annotations
+
+import asyncio
+import inspect
+import time
+from collections.abc import Callable
+from typing import Any
+
+
+async def until(fact: Callable[[], Any], within: float = 5.0, every: float = 0.02) -> Any:
+    """Asks `fact` (a plain or an async function) every `every` seconds until what it returns is true; returns that.
+
+    Raises `TimeoutError`, which names the last value, after `within` seconds.
+    """
+    deadline = time.monotonic() + within
+    while True:
+        value = fact()
+        if inspect.isawaitable(value):
+            value = await value
+        if value:
+            return value
+        if time.monotonic() > deadline:
+            raise TimeoutError(f"not within {within:g} s; the last value was {value!r}")
+        await asyncio.sleep(every)
