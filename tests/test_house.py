@@ -2,32 +2,45 @@
 
 from __future__ import annotations
 
+import ast
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 
 from tests.conftest import ROOT
 
 
-@pytest.mark.parametrize(
-    "command",
-    [["ruff", "check"], ["ruff", "format", "--check"], ["mypy"]],
-    ids=" ".join,
-)
+@pytest.mark.parametrize("command", [["ruff", "check"], ["ruff", "format", "--check"], ["mypy"]], ids=" ".join)
 def test_the_tools_have_nothing_to_say(command: list[str]) -> None:
     done = subprocess.run([sys.executable, "-m", *command], cwd=ROOT, capture_output=True, text=True)
     assert done.returncode == 0, done.stdout + done.stderr
 
 
 def test_the_package_stays_small() -> None:
-    lengths = {path: len(path.read_text().splitlines()) for path in (ROOT / "mqlib").rglob("*.py")}
-    assert {str(path): length for path, length in lengths.items() if length > 310} == {}
-    assert sum(lengths.values()) < 3500
+    """No module over 300 lines; under 3,500 lines of code in all: docstrings, comments, blank lines not counted."""
+    files = list((ROOT / "mqlib").rglob("*.py"))
+    assert {file.name: lines for file in files if (lines := len(file.read_text().splitlines())) > 300} == {}
+    assert sum(lines_of_code(file) for file in files) < 3500
+
+
+def lines_of_code(file: Path) -> int:
+    docstrings = {
+        line
+        for node in ast.walk(ast.parse(file.read_text()))
+        if isinstance(node, ast.Expr) and isinstance(node.value, ast.Constant) and isinstance(node.value.value, str)
+        for line in range(node.lineno, (node.end_lineno or node.lineno) + 1)
+    }
+    lines = enumerate(file.read_text().splitlines(), start=1)
+    return sum(bool(text.strip()) and text.strip()[0] != "#" and line not in docstrings for line, text in lines)
 
 
 def test_importing_the_package_is_light() -> None:
     """`import mqlib` loads no client and no plotting library, so that the command line starts at once."""
-    script = "import sys, mqlib, mqlib.cli; print([m for m in ('aiokafka', 'aio_pika', 'matplotlib', 'docker') if m in sys.modules])"
+    script = (
+        "import sys, mqlib, mqlib.cli; "
+        "print([name for name in ('aiokafka', 'aio_pika', 'matplotlib', 'docker') if name in sys.modules])"
+    )
     done = subprocess.run([sys.executable, "-c", script], cwd=ROOT, capture_output=True, text=True, check=True)
     assert done.stdout.strip() == "[]"

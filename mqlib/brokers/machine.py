@@ -1,4 +1,4 @@
-"""This machine: free ports, room on the disk, the cache folder, a lock between two first runs. Standard library only."""
+"""This machine: free ports, room on the disk, the cache folder, a lock between two first runs."""
 
 from __future__ import annotations
 
