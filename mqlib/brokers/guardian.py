@@ -10,6 +10,7 @@ Protocol: one JSON object a line in, one JSON object a line out. See `Guardian` 
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 import json
 import os
@@ -20,7 +21,6 @@ import subprocess
 import sys
 import time
 from pathlib import Path
-from typing import Any
 
 PR_SET_PDEATHSIG = 1  # prctl(2): should the guardian itself be killed, Linux ends its children
 
@@ -106,15 +106,12 @@ def _remove_docker(containers: list[str], networks: list[str]) -> None:
     import docker  # only where containers were made, and then it is there
 
     client = docker.from_env()
-    for find, names in ((client.containers.get, containers), (client.networks.get, networks)):
-        for name in names:
-            try:
-                found: Any = find(name)
-                found.remove(force=True, v=True) if find == client.containers.get else found.remove()
-            except docker.errors.NotFound:
-                pass
-            except docker.errors.DockerException as error:
-                print(f"could not remove {name}: {error}", file=sys.stderr)
+    for name in containers:
+        with contextlib.suppress(docker.errors.NotFound):
+            client.containers.get(name).remove(force=True, v=True)
+    for name in networks:
+        with contextlib.suppress(docker.errors.NotFound):
+            client.networks.get(name).remove()
 
 
 def main() -> None:
