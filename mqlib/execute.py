@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import base64
 import html as escaping
 import os
 import re
@@ -42,14 +43,11 @@ class Outcome:
 
     @property
     def picture(self) -> str:
-        """The last figure as base 64, which is the one that shows the finding; empty where there is none."""
-        figures = [
-            output.data["image/png"]
-            for cell in self.notebook.cells
-            for output in cell.get("outputs", [])
-            if "image/png" in output.get("data", {})
-        ]
-        return str(figures[-1]).replace("\n", "") if figures else ""
+        """The figure of the cell tagged `cover` as base 64, else the first; empty where there is none."""
+        cells = sorted(self.notebook.cells, key=lambda cell: "cover" not in cell.metadata.get("tags", []))
+        outputs = [output for cell in cells for output in cell.get("outputs", [])]
+        figures = [output.data["image/png"] for output in outputs if "image/png" in output.get("data", {})]
+        return str(figures[0]).replace("\n", "") if figures else ""
 
 
 def _first(pattern: str, notebook: Notebook) -> str:
@@ -114,7 +112,7 @@ def execute_all(paths: list[Path], html: Path | None, save: bool) -> int:
 
 
 def save_outputs(outcome: Outcome) -> None:
-    """Writes the outputs back, without what would change at every run although nothing did (times, machine, state)."""
+    """Writes the outputs and the cover picture back, without what changes at every run (times, machine, state)."""
     for cell in outcome.notebook.cells:
         cell.metadata.pop("execution", None)
     outcome.notebook.metadata = {
@@ -122,6 +120,10 @@ def save_outputs(outcome: Outcome) -> None:
         "language_info": {"name": "python"},
     }
     nbformat.write(outcome.notebook, outcome.path)
+    if outcome.picture:
+        pictures = outcome.path.parent / "pictures"
+        pictures.mkdir(exist_ok=True)
+        (pictures / f"{outcome.path.stem}.png").write_bytes(base64.b64decode(outcome.picture))
 
 
 INDEX = """<!doctype html><html lang="en"><meta charset="utf-8"><title>Message-queue patterns</title>

@@ -15,7 +15,7 @@ from .brokers.base import BrokerError
 HEADINGS = (
     "Set-up", "The naive version, failing", "The techniques", "Measured", "What if", "Exercises", "In production",
 )  # fmt: skip
-TAGS = ("setup", "picture", "what-if", "nbval-ignore-output")
+TAGS = ("setup", "picture", "cover", "what-if", "nbval-ignore-output")
 INTRODUCTION = "00"
 """The number of the notebook that explains the others; it teaches no pattern, so it has a skeleton of its own."""
 MAX_CODE_LINES = 20
