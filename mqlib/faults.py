@@ -15,11 +15,10 @@ from .brokers import BrokerError, Kafka, RabbitMQ
 
 
 class Proxy:
-    """A TCP proxy in front of a broker. Connect through `client`; see what passed, and interfere."""
+    """A TCP proxy in front of a broker. Clients connect to it as to the broker; see what passed, and interfere."""
 
     def __init__(self, client: dict[str, Any]) -> None:
-        self.client = client
-        """The keyword arguments with which a client connects through the proxy, as `broker.client`."""
+        self._client = client
         self.up = 0
         """Bytes from clients to the broker."""
         self.down = 0
@@ -27,6 +26,11 @@ class Proxy:
         self.delay = 0.0
         """Seconds that each piece waits, in each direction."""
         self._writers: set[asyncio.StreamWriter] = set()
+
+    @property
+    def client(self) -> dict[str, Any]:
+        """The keyword arguments with which a client connects through the proxy, as `broker.client`."""
+        return self._client
 
     def cut(self) -> None:
         """Resets every connection, as a failing network does. New ones may be made."""

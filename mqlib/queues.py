@@ -16,14 +16,15 @@ import httpx
 from aio_pika.abc import AbstractChannel, AbstractIncomingMessage, AbstractQueue
 
 from .brokers import BrokerError, RabbitMQ
+from .brokers.base import Connectable
 
 for _library in ("aio_pika", "aiormq"):
     logging.getLogger(_library).addHandler(logging.NullHandler())
 
 
 @contextlib.asynccontextmanager
-async def channel(rabbit: RabbitMQ, prefetch: int | None = None, **options: Any) -> AsyncIterator[AbstractChannel]:
-    """A channel on a connection of its own, both closed at the end of the block.
+async def channel(rabbit: Connectable, prefetch: int | None = None, **options: Any) -> AsyncIterator[AbstractChannel]:
+    """A channel on a connection of its own (to a broker, or through a proxy), both closed at the end of the block.
 
     `prefetch` limits the unacknowledged deliveries of each consumer; `options` go to `connection.channel(...)`.
     """

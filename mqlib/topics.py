@@ -13,6 +13,7 @@ from aiokafka import AIOKafkaConsumer, AIOKafkaProducer, ConsumerRecord, TopicPa
 from aiokafka.admin import AIOKafkaAdminClient, NewTopic
 
 from .brokers import BrokerError, Kafka
+from .brokers.base import Connectable
 from .waiting import until
 
 # Without a handler Python writes a library's warnings to stderr, where they look like output of the cell. Whoever
@@ -73,7 +74,7 @@ async def _stop(client: AIOKafkaProducer | AIOKafkaConsumer) -> None:
 
 
 @contextlib.asynccontextmanager
-async def producer(kafka: Kafka, **options: Any) -> AsyncIterator[AIOKafkaProducer]:
+async def producer(kafka: Connectable, **options: Any) -> AsyncIterator[AIOKafkaProducer]:
     """`AIOKafkaProducer(**kafka.client, **options)`, started, and stopped at the end of the block."""
     client = AIOKafkaProducer(**kafka.client, **options)
     await client.start()
@@ -84,7 +85,7 @@ async def producer(kafka: Kafka, **options: Any) -> AsyncIterator[AIOKafkaProduc
 
 
 @contextlib.asynccontextmanager
-async def consumer(kafka: Kafka, *topics: str, **options: Any) -> AsyncIterator[AIOKafkaConsumer]:
+async def consumer(kafka: Connectable, *topics: str, **options: Any) -> AsyncIterator[AIOKafkaConsumer]:
     """`AIOKafkaConsumer(*topics, **kafka.client, **options)`, started, and stopped at the end of the block.
 
     It reads from the earliest offset unless told otherwise, since here the records mostly come first.

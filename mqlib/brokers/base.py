@@ -11,7 +11,7 @@ import weakref
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from typing import Any, Self
+from typing import Any, Protocol, Self
 
 
 class BrokerError(Exception):
@@ -37,6 +37,13 @@ class Version(tuple[int, ...]):
 
     def __str__(self) -> str:
         return ".".join(map(str, self)) or "unknown version"
+
+
+class Connectable(Protocol):
+    """What a client can connect to: a broker, or a proxy in front of one."""
+
+    @property
+    def client(self) -> dict[str, Any]: ...
 
 
 class Node(ABC):

@@ -43,14 +43,14 @@ def kafka_jars() -> list[Path]:
         import jgo
 
         try:
-            environment = jgo.build("+".join(KAFKA_ARTIFACTS), cache_dir=cache_folder() / "jars")
+            # Not `jgo.build`: that one fetches a whole JDK besides, to sort the jars by kinds that we do not need.
+            jars = [artifact.resolve() for artifact in jgo.resolve("+".join(KAFKA_ARTIFACTS))]
         except Exception as error:  # jgo lets errors of requests, of XML and its own through
             raise BrokerUnavailable(
                 f"Kafka {KAFKA_VERSION} could not be fetched from Maven's central repository "
                 f"({type(error).__name__}: {str(error).splitlines()[0] if str(error) else 'no reason given'}). "
                 "Is this machine online? Once fetched it is kept. Docker, or MQLIB_KAFKA_BOOTSTRAP, do without it."
             ) from None
-        jars = [Path(jar) for jar in environment.all_jars]
         strays = [jar.name for jar in jars if jar.name.startswith("kafka") and KAFKA_VERSION not in jar.name]
         if strays:
             raise BrokerUnavailable(f"the resolver mixed versions of Kafka: {', '.join(strays)}")

