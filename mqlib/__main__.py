@@ -93,10 +93,11 @@ def install(python: Path, venv: Path, files: list[Path]) -> None:
     done = run_step("Installing the Python packages (once, a minute or two)", pip)
     if done.returncode:
         lines = [line for line in done.stderr.splitlines() if line.startswith("ERROR") or "No space left" in line]
+        reason = lines[-1].removeprefix("ERROR: ") if lines else done.stderr.strip()[-500:]
+        if "connection" in done.stderr.lower():  # then pip's last line blames the package
+            reason = "the package index cannot be reached. Is this machine online?"
         raise SetupError(
-            "the Python packages could not be installed: "
-            + (lines[-1].removeprefix("ERROR: ") if lines else done.stderr.strip()[-500:])
-            + "\nIs this machine online, and is there room on the disk? Nothing is lost: run the same command again."
+            f"the Python packages could not be installed: {reason}\nNothing is lost: run the same command again."
         )
     site = subprocess.run(
         [str(python), "-c", "import sysconfig; print(sysconfig.get_path('purelib'))"],

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import os
 import secrets
 import shutil
@@ -130,8 +129,7 @@ def _launch(estate: Estate, name: str, container: DockerContainer) -> ContainerN
 
     estate.keep("containers", name)  # before it exists: nothing lies between its birth and its being looked after
     try:
-        with open(os.devnull, "w") as nowhere, contextlib.redirect_stdout(nowhere), contextlib.redirect_stderr(nowhere):
-            container.start()
+        container.start()
     except docker.errors.APIError as error:
         if "port is already allocated" in str(error) or "address already in use" in str(error):
             raise PortTaken from None
