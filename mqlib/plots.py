@@ -6,6 +6,7 @@ Every function draws one kind of figure, and its `title` states the finding. In 
 from __future__ import annotations
 
 import io
+import textwrap
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
@@ -83,7 +84,8 @@ def bars(
     figure, (axes,) = _figure(title)
     for index, (name, value) in enumerate(values.items()):
         meaning = meanings[index] if meanings else name
-        axes.bar(name, value, width=0.6, color=_colour(meaning, index), hatch=HATCHES[index % len(HATCHES)],
+        label = textwrap.fill(name, 72 // len(values))
+        axes.bar(label, value, width=0.6, color=_colour(meaning, index), hatch=HATCHES[index % len(HATCHES)],
                  edgecolor="white", linewidth=0)  # fmt: skip
         axes.annotate(f"{value:,.{decimals}f}", (index, value), ha="center", va="bottom", fontsize=9,
                       xytext=(0, 2), textcoords="offset points")  # fmt: skip
@@ -154,7 +156,8 @@ def boxes(samples: Mapping[str, Sequence[float]], title: str, unit: str, log: bo
                          patch_artist=True, widths=0.5, medianprops={"color": "black", "linewidth": 1.5})  # fmt: skip
     for index, (box, name) in enumerate(zip(drawn["boxes"], samples, strict=True)):
         box.set(facecolor=_colour(name, index), hatch=HATCHES[index % len(HATCHES)], alpha=0.85)
-    axes.set_ylabel(f"{unit} (box: quartiles, whiskers: 5 to 95 %)", fontsize=9)
+    axes.set_ylabel(unit)
+    axes.set_xlabel("box: quartiles, whiskers: 5 to 95 %", fontsize=8, color=MEANING["neutral"])
     if log:
         axes.set_yscale("log")
     else:

@@ -48,12 +48,12 @@ async def topic(kafka: Kafka, name: str, partitions: int = 1, replicas: int | No
         if code:
             raise BrokerError(f"Kafka refuses the topic {name!r}: {text or f'error {code}'}")
 
-        # Created is not yet led: a send in between would meet a topic that its server does not know.
-        async def led() -> bool:
-            [found] = await admin.describe_topics([full])
-            return found["error_code"] == 0 and len([p for p in found["partitions"] if p["leader"] >= 0]) == partitions
+    # Created is not yet led, and a leader that the metadata name may still refuse: a send in between would be retried.
+    # Whoever answers for the offsets of a partition leads it.
+    async def led() -> bool:
+        return len(await end_offsets(kafka, full)) == partitions
 
-        await until(led, within=10)
+    await until(led, within=10)
     return full
 
 

@@ -5,16 +5,34 @@ from __future__ import annotations
 import ast
 import subprocess
 import sys
+import textwrap
 from pathlib import Path
 
+import nbformat
 import pytest
 
-from tests.conftest import ROOT
+from tests.conftest import NOTEBOOKS, ROOT
 
 
 @pytest.mark.parametrize("command", [["ruff", "check"], ["ruff", "format", "--check"], ["mypy"]], ids=" ".join)
 def test_the_tools_have_nothing_to_say(command: list[str]) -> None:
     done = subprocess.run([sys.executable, "-m", *command], cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout + done.stderr
+
+
+@pytest.mark.parametrize("path", sorted(NOTEBOOKS.glob("[0-9][0-9]-*.ipynb")), ids=lambda path: path.stem)
+def test_the_code_of_a_notebook_has_no_type_errors(path: Path, tmp_path: Path) -> None:
+    cells = [cell.source for cell in nbformat.read(path, as_version=4).cells if cell.cell_type == "code"]
+    script = tmp_path / f"notebook_{path.stem.replace('-', '_')}.py"
+    script.write_text("async def notebook():\n" + textwrap.indent("\n\n\n".join(cells), "    "))
+    options = ["--check-untyped-defs", "--allow-redefinition", "--ignore-missing-imports"]
+    options += ["--disable-error-code=var-annotated"]  # a reader is spared the type of an empty list
+    done = subprocess.run(
+        [sys.executable, "-m", "mypy", "--config-file=", *options, str(script)],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+    )
     assert done.returncode == 0, done.stdout + done.stderr
 
 

@@ -1,4 +1,7 @@
-"""The exercises of notebook 04: their judges, hints, wrong answers and solutions."""
+"""The exercises of notebook 04: their judges, hints, wrong answers and solutions.
+
+The solutions have no annotations and bear the names that the exercises ask for, so that a reader can paste them.
+"""
 
 from __future__ import annotations
 
@@ -74,7 +77,7 @@ async def judge_2(handle: Any) -> None:
         raise Wrong(f"the dead-letter queue holds {letters} instead of the poison task alone")
 
 
-async def handle_2(message: Any, work: Any) -> None:
+async def handle(message, work):
     try:
         await work(message.body)
     except Exception:
@@ -134,7 +137,7 @@ async def judge_3(run: Any) -> None:
         raise Wrong(f"3 to 9 should be left in the queue; there are {remaining}")
 
 
-async def run_3(queue: Any, work: Any, stop: asyncio.Event) -> None:
+async def run(queue, work, stop):
     while not stop.is_set():
         message = await queue.get(fail=False)
         if message is None:
@@ -178,7 +181,7 @@ TASKS = {
             "`message.headers.get('x-delivery-count', 0)` is the number of earlier tries: 0, 1, 2.",
             "`await message.reject(requeue=True)` sends it back; `requeue=False` sends it to the dead-letter queue.",
         ],
-        solution=handle_2,
+        solution=handle,
         judge=judge_2,
         wrong=[forgets_to_count, gives_up_at_once, 3],
     ),
@@ -189,7 +192,7 @@ TASKS = {
             "Look at `stop.is_set()` between two tasks, not inside one.",
             "What you have not acknowledged goes back when the channel closes. Acknowledge after the work, one by one.",
         ],
-        solution=run_3,
+        solution=run,
         judge=judge_3,
         wrong=[ignores_the_order, acknowledges_first],
     ),

@@ -73,6 +73,19 @@ def test_an_exercise_has_hints_and_a_solution_that_can_be_shown(
 
 
 @pytest.mark.parametrize("number", ALL)
+async def test_the_printed_solution_pasted_over_the_dots_is_right(
+    number: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    Exercise(number, ALL[number]).solution()
+    printed = capsys.readouterr().out
+    first, rest = ALL[number].start.split("\n", 1)
+    assert first.endswith(" = ...")
+    flags = ast.PyCF_ALLOW_TOP_LEVEL_AWAIT
+    await eval(compile(f"import asyncio\nimport mqlib as mq\n{printed}\n{rest}", "cell", "exec", flags), {})
+    assert capsys.readouterr().out == f"✓ {number} right\n"
+
+
+@pytest.mark.parametrize("number", ALL)
 def test_the_notebook_holds_the_exercise_as_it_starts(number: str) -> None:
     [path] = NOTEBOOKS.glob(f"{number[:2]}-*.ipynb")
     cells = [cell.source for cell in nbformat.read(path, as_version=4).cells if cell.cell_type == "code"]
