@@ -21,6 +21,7 @@ from .waiting import until
 logging.getLogger("aiokafka").addHandler(logging.NullHandler())
 
 STOP_SECONDS = 10.0
+SPREAD_SECONDS = 5.0  # until every server has heard of a topic that was just made
 
 
 @contextlib.asynccontextmanager
@@ -50,10 +51,7 @@ async def topic(kafka: Kafka, name: str, partitions: int = 1, replicas: int | No
 
     # Created is not yet led, and a leader that the metadata name may still refuse: a send in between would be retried.
     # Whoever answers for the offsets of a partition leads it.
-    async def led() -> bool:
-        return len(await end_offsets(kafka, full)) == partitions
-
-    await until(led, within=10)
+    await end_offsets(kafka, full)
     return full
 
 
@@ -112,11 +110,11 @@ async def read(kafka: Kafka, *topics: str, within: float = 10.0, **options: Any)
     """Everything that the topics hold now, partition by partition, without a group and without committing.
 
     Ends at the end offsets that it finds at the start (with `isolation_level="read_committed"`, at the last stable
-    ones). Raises `TimeoutError` when that takes longer than `within` seconds.
+    ones). Raises `TimeoutError` when that takes longer than `within` seconds, `BrokerError` for a missing topic.
     """
     records: list[ConsumerRecord] = []
+    parts = [part for name in topics for part in await partitions_of(kafka, name)]
     async with consumer(kafka, **options) as reader:
-        parts = [TopicPartition(each, part) for each in topics for part in sorted(await _partitions(reader, each))]
         reader.assign(parts)
         ends = await reader.end_offsets(parts)
         await reader.seek_to_beginning(*parts)
@@ -127,18 +125,24 @@ async def read(kafka: Kafka, *topics: str, within: float = 10.0, **options: Any)
     return sorted(records, key=lambda record: (topics.index(record.topic), record.partition, record.offset))
 
 
-async def _partitions(reader: AIOKafkaConsumer, name: str) -> set[int]:
-    found = reader.partitions_for_topic(name)
-    if not found:
-        await reader._client.force_metadata_update()
-        reader._client.add_topic(name)
-        found = await until(lambda: reader.partitions_for_topic(name), within=5)
-    return set(found)
+async def partitions_of(kafka: Kafka, name: str) -> list[TopicPartition]:
+    """The partitions of a topic. Raises `BrokerError` when there is no such topic."""
+    async with _admin(kafka) as admin:
+
+        async def found() -> list[int]:
+            [answer] = await admin.describe_topics([name])
+            return [] if answer["error_code"] else sorted(part["partition"] for part in answer["partitions"])
+
+        try:
+            return [TopicPartition(name, part) for part in await until(found, within=SPREAD_SECONDS)]
+        except TimeoutError:
+            raise BrokerError(f"Kafka has no topic {name!r}") from None
 
 
 async def end_offsets(kafka: Kafka, name: str) -> list[int]:
-    """The end offset of each partition: what the next record's offset will be."""
+    """The end offset of each partition: what the next record's offset will be. Raises `BrokerError` as `read` does."""
+    parts = await partitions_of(kafka, name)
     async with consumer(kafka) as reader:
-        parts = [TopicPartition(name, part) for part in sorted(await _partitions(reader, name))]
+        reader.assign(parts)
         ends = await reader.end_offsets(parts)
         return [ends[part] for part in parts]
