@@ -5,6 +5,7 @@ Light to import; each name loads its module at first use.
 
 from __future__ import annotations
 
+import sys
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
@@ -33,6 +34,12 @@ __all__ = [
     "consumer", "depth", "end_offsets", "exercise", "kafka", "producer", "proxy", "rabbitmq", "read", "take",
     "take_messages", "topic", "until",
 ]  # fmt: skip
+
+
+if "IPython" in sys.modules:
+    from .cells import show_exception_groups
+
+    show_exception_groups()
 
 
 def __getattr__(name: str) -> Any:

@@ -69,6 +69,10 @@ def outdated(venv: Path, files: list[Path]) -> list[Path]:
     ]
 
 
+def has_pip(python: Path) -> bool:
+    return python.exists() and not subprocess.run([str(python), "-m", "pip", "-V"], capture_output=True).returncode
+
+
 def make_venv() -> None:
     """Makes `.venv`. As root on Debian it first installs python3-venv, which Debian splits off."""
     try:
@@ -118,7 +122,7 @@ def ensure_environment(command: str) -> Path:
     if python.exists() and not outdated(venv, files):
         return python
     with alone("environment"):
-        if not python.exists():
+        if not has_pip(python):  # also where Ctrl-C ended us while the environment was being made
             make_venv()
         stale = outdated(venv, files)
         if stale:

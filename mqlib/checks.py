@@ -7,7 +7,7 @@ import importlib.util
 import inspect
 import os
 import sys
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from types import FrameType, ModuleType
@@ -46,24 +46,41 @@ def _operands(frame: FrameType | None) -> str:
     if not isinstance(call, ast.Call) or len(call.args) < 2 or frame is None:
         return ""
     values: dict[str, str] = {}
-    for node in ast.walk(call.args[1]):
-        # Only what has no effect when it is looked at once more: names, and attributes and items of them.
-        if isinstance(node, ast.Attribute | ast.Subscript | ast.Name) and _is_plain(node):
-            text = ast.unparse(node)
-            if any(text != longer and longer.startswith(text) for longer in values):
-                continue  # `ledger` says less than `ledger.lost`
-            try:
-                value = eval(text, frame.f_globals, frame.f_locals)
-            except Exception:
-                continue
+    for node in _shown(call.args[1], frozenset()):
+        text = ast.unparse(node)
+        try:
+            value = eval(text, frame.f_globals, frame.f_locals)
             if not callable(value) and not isinstance(value, ModuleType):
                 values[text] = _shorten(repr(value))
+        except Exception:
+            continue
     return ", ".join(f"{text} = {value}" for text, value in values.items())
+
+
+def _shown(node: ast.AST, inner: frozenset[str]) -> Iterator[ast.AST]:
+    """The names, attributes and items in an expression, each as long as it can be: what looking at has no effect.
+
+    Not those that only exist inside a comprehension or a lambda (`inner`).
+    """
+    if isinstance(node, ast.Attribute | ast.Subscript | ast.Name) and _is_plain(node):
+        if not inner & {name.id for name in ast.walk(node) if isinstance(name, ast.Name)}:
+            yield node
+        # `ledger` says less than `ledger.lost`, but the index of an item says more.
+        while isinstance(node, ast.Attribute | ast.Subscript):
+            if isinstance(node, ast.Subscript):
+                yield from _shown(node.slice, inner)
+            node = node.value
+        return
+    inner |= {name.id for name in ast.walk(node) if isinstance(name, ast.Name) and isinstance(name.ctx, ast.Store)
+              and isinstance(node, ast.GeneratorExp | ast.ListComp | ast.SetComp | ast.DictComp)}  # fmt: skip
+    inner |= {each.arg for each in ast.walk(node) if isinstance(each, ast.arg) and isinstance(node, ast.Lambda)}
+    for child in ast.iter_child_nodes(node):
+        yield from _shown(child, inner)
 
 
 def _is_plain(node: ast.AST) -> bool:
     match node:
-        case ast.Name() | ast.Constant():
+        case ast.Name() | ast.Constant() | ast.UnaryOp(op=ast.USub(), operand=ast.Constant()):
             return True
         case ast.Attribute(value=inner):
             return _is_plain(inner)

@@ -175,6 +175,8 @@ def doctor(as_json: bool) -> int:
 def main(arguments: list[str]) -> int:
     """Runs one command; returns the exit code."""
     chosen = parser()
+    if arguments[:1] == ["test"] and arguments[1:2] not in (["-h"], ["--help"]):
+        return test(arguments[1:])  # argparse would take the first of pytest's options for one of ours
     options = chosen.parse_args([] if arguments[:1] == ["help"] else arguments)
     match options.command:
         case "lab":

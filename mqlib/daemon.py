@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from .brokers.base import BrokerError
-from .brokers.machine import cache_folder
+from .brokers.machine import alone, cache_folder
 
 START_SECONDS = 180
 
@@ -29,7 +29,7 @@ def running() -> dict[str, Any] | None:
     try:
         state: dict[str, Any] = json.loads(state_file().read_text())
         alive = psutil.Process(state["pid"]).create_time() == state["born"]
-    except (FileNotFoundError, ValueError, psutil.NoSuchProcess):
+    except (FileNotFoundError, ValueError, KeyError, TypeError, psutil.NoSuchProcess):
         return None
     return state if alive else None
 
@@ -42,7 +42,12 @@ def show(state: dict[str, Any]) -> None:
 
 
 def up() -> int:
-    """Starts the brokers in the background, once."""
+    """Starts the brokers in the background, once, also when two ask for it at the same time."""
+    with alone("brokers"):
+        return _up()
+
+
+def _up() -> int:
     state = running()
     if state is None:
         log = cache_folder() / "brokers.log"
@@ -105,7 +110,8 @@ def serve() -> int:
             fresh.replace(file)
             ended.wait()
     finally:
-        file.unlink(missing_ok=True)
+        if (running() or {}).get("pid") == os.getpid():  # else it is another's by now
+            file.unlink(missing_ok=True)
     return 0
 
 

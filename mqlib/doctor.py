@@ -87,13 +87,17 @@ def _process(ready: bool) -> list[Fact]:
     if found:
         facts.append(Fact("✓", "RabbitMQ", str(found[0])))
     else:
-        command = " ".join(install.install_command())
-        if install.may_install():
-            remedy = f"{command}   (`python3 -m mqlib lab` does it by itself)"
-        else:
-            remedy = f"sudo {command}" if command.startswith("apt") else command
-        facts.append(Fact("○", "RabbitMQ", "not installed", remedy))
+        facts.append(Fact("○", "RabbitMQ", "not installed", _install_rabbitmq()))
     return facts
+
+
+def _install_rabbitmq() -> str:
+    command = " ".join(install.install_command())
+    if install.may_install():
+        return f"{command}   (`python3 -m mqlib lab` does it by itself)"
+    if not command:
+        return "install RabbitMQ, or start Docker, or set MQLIB_RABBITMQ_URL to a broker that runs elsewhere"
+    return f"sudo {command}" if command.startswith("apt") else command
 
 
 def _disk(folder: str) -> Fact:
@@ -117,15 +121,17 @@ def _provider(kind: Kind, ready: bool, chosen: dict[str, dict[str, str]]) -> Fac
     name = f"→ {kind}"
     if not ready and not os.environ.get(ADDRESS[kind]):
         return Fact("○", name, "chosen once the packages are there")
+    remedy = ""
     try:
         provider, why = choose(kind)
         if provider == "process" and kind == "rabbitmq" and not install.find_rabbitmq() and not install.may_install():
+            remedy = _install_rabbitmq()
             raise BrokerUnavailable(f"as a process ({why}), but RabbitMQ is not installed")
         if provider == "external" and ready:
             from .brokers import external
 
             (external.kafka if kind == "kafka" else external.rabbitmq)()
     except BrokerUnavailable as error:
-        return Fact("✗", name, str(error))
+        return Fact("✗", name, str(error), remedy)
     chosen[kind] = {"provider": provider, "why": why}
     return Fact("✓", name, f"{provider} ({why})")

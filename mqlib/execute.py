@@ -77,6 +77,7 @@ def execute(path: Path) -> Outcome:
     # Each notebook works in a namespace of its own, and its folder is where a reader's kernel would be.
     client = NotebookClient(
         notebook, timeout=CELL_SECONDS, kernel_name="python3", resources={"metadata": {"path": str(path.parent)}},
+        coalesce_streams=True,  # else it depends on the moment whether two lines are one output
         # Other users of this machine can reach the kernel's ports; ipykernel warns where they are not encrypted.
         config=Config({"KernelManager": {"transport_encryption": "auto"}}),
     )  # fmt: skip

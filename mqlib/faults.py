@@ -7,6 +7,9 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import os
+import socket
+import struct
 from collections.abc import AsyncIterator
 from typing import Any
 from urllib.parse import urlsplit
@@ -35,13 +38,13 @@ class Proxy:
     def cut(self) -> None:
         """Resets every connection, as a failing network does. New ones may be made."""
         for writer in list(self._writers):
-            writer.transport.abort()
+            _reset(writer)
 
     async def _serve(self, host: str, port: int, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         try:
             remote_reader, remote_writer = await asyncio.open_connection(host, port)
         except OSError:
-            writer.transport.abort()
+            _reset(writer)
             return
         both = {writer, remote_writer}
         self._writers |= both
@@ -63,6 +66,14 @@ class Proxy:
         writer.close()
 
 
+def _reset(writer: asyncio.StreamWriter) -> None:
+    """Ends a connection with a reset instead of an orderly end of file."""
+    with contextlib.suppress(OSError):  # it may be closed already
+        now = struct.pack("hh" if os.name == "nt" else "ii", 1, 0)
+        writer.get_extra_info("socket").setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, now)
+    writer.transport.abort()
+
+
 @contextlib.asynccontextmanager
 async def proxy(broker: Kafka | RabbitMQ) -> AsyncIterator[Proxy]:
     """A proxy in front of a broker, for the length of the block.
@@ -82,9 +93,10 @@ async def proxy(broker: Kafka | RabbitMQ) -> AsyncIterator[Proxy]:
     made = Proxy(client)
     server = await asyncio.start_server(lambda r, w: made._serve(host, target, r, w), "127.0.0.1", port)
     if isinstance(broker, RabbitMQ):
-        credentials = broker.url.partition("://")[2].rpartition("@")[0]
         port = server.sockets[0].getsockname()[1]
-        made.client["url"] = f"amqp://{credentials}@127.0.0.1:{port}{urlsplit(broker.url).path}"
+        parts = urlsplit(broker.url)
+        credentials = parts.netloc.rpartition("@")[0]
+        made.client["url"] = parts._replace(netloc=f"{credentials}@127.0.0.1:{port}".lstrip("@")).geturl()
     try:
         yield made
     finally:

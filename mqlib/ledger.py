@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from collections import Counter
-
 
 class BitSet:
     """Non-negative integers, one bit each."""
@@ -65,7 +63,8 @@ class Ledger:
 
     def __init__(self) -> None:
         self._accounts: dict[str, _Account] = {}
-        self._again: Counter[tuple[str, int]] = Counter()
+        self.duplicated = 0
+        """Receptions beyond the first of each message."""
         self.reordered = 0
         """Messages first received after one with a higher number of the same producer."""
 
@@ -88,7 +87,7 @@ class Ledger:
         """A consumer got it; once more counts as a duplicate."""
         account = self._of(producer)
         if not account.received.add(number):
-            self._again[producer, number] += 1
+            self.duplicated += 1
         elif number < account.highest:
             self.reordered += 1
         account.highest = max(account.highest, number)
@@ -112,11 +111,6 @@ class Ledger:
         return sum(
             (int(account.received) & ~int(account.acknowledged)).bit_count() for account in self._accounts.values()
         )
-
-    @property
-    def duplicated(self) -> int:
-        """Receptions beyond the first of each message."""
-        return self._again.total()
 
     @property
     def unexpected(self) -> int:

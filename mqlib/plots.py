@@ -29,6 +29,10 @@ MEANING = {
 }
 SERIES = ["#0072B2", "#E69F00", "#009E73", "#8A4F7D", "#56B4E9", "#D55E00"]
 HATCHES = ["", "///", "...", "\\\\\\", "xxx", "---"]
+HATCH_OF = {
+    "consumed": "", "produced": "///", "failed": "...", "redelivered": "\\\\\\", "dead-lettered": "xxx", "lag": "---",
+    "naive": "...", "fixed": "///", "neutral": "|||",
+}  # fmt: skip
 MARKERS = ["o", "s", "^", "D", "v", "P"]
 DASHES = ["-", "--", "-.", ":", (0, (5, 1)), (0, (1, 1))]
 
@@ -84,7 +88,7 @@ def bars(
     figure, (axes,) = _figure(title)
     for index, (name, value) in enumerate(values.items()):
         meaning = meanings[index] if meanings else name
-        label = textwrap.fill(name, 72 // len(values))
+        label = textwrap.fill(name, max(72 // len(values), 4))
         axes.bar(label, value, width=0.6, color=_colour(meaning, index), hatch=HATCHES[index % len(HATCHES)],
                  edgecolor="white", linewidth=0)  # fmt: skip
         axes.annotate(f"{value:,.{decimals}f}", (index, value), ha="center", va="bottom", fontsize=9,
@@ -123,7 +127,8 @@ def lines(
     """One line a name, from its x and y values; told apart by colour, marker and dash. `steps` for counts over time."""
     figure, (axes,) = _figure(title)
     for index, (name, (xs, ys)) in enumerate(series.items()):
-        axes.plot(xs, ys, label=name, color=_colour(name, index), linestyle=DASHES[index % len(DASHES)],
+        dash = DASHES[(index + index // len(SERIES)) % len(DASHES)]  # the seventh line differs from the first
+        axes.plot(xs, ys, label=name, color=_colour(name, index), linestyle=dash,
                   marker=MARKERS[index % len(MARKERS)] if len(xs) <= 30 else None, markersize=5,
                   drawstyle="steps-post" if steps else "default")  # fmt: skip
     axes.set_xlabel(x)
@@ -186,7 +191,7 @@ def gantt(runs: Mapping[str, Sequence[Span]], title: str) -> Picture:
                 people.index(span.who), span.end - span.start, left=span.start, height=0.7, edgecolor="white",
                 # A white edge tells neighbours apart, but would cover a span that is only some pixels wide.
                 linewidth=0.6 if span.end - span.start > last / 150 else 0.15, color=_colour(span.what, 0),
-                hatch="" if span.what == "consumed" else HATCHES[list(MEANING).index(span.what) % 6],
+                hatch=HATCH_OF.get(span.what, ""),
             )  # fmt: skip
         axes.set_yticks(range(len(people)), people)
         axes.set(ylim=(-0.5, len(people) - 0.5), xlim=(0, last * 1.02))

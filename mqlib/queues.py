@@ -9,7 +9,7 @@ import time
 from collections.abc import AsyncIterator
 from dataclasses import dataclass
 from typing import Any
-from urllib.parse import quote, urlsplit
+from urllib.parse import quote, unquote, urlsplit
 
 import aio_pika
 import httpx
@@ -77,11 +77,13 @@ async def depth(rabbit: RabbitMQ, queue: str) -> Depth:
 
 def vhost(rabbit: RabbitMQ) -> str:
     """The virtual host as it stands in a path of the management API."""
-    return urlsplit(rabbit.url).path[1:] or "%2F"
+    return quote(unquote(urlsplit(rabbit.url).path[1:]) or "/", safe="")
 
 
 async def management(rabbit: RabbitMQ, path: str) -> Any:
     """One GET of the management API, decoded. Raises `BrokerError` with its answer, or when it does not answer."""
+    if not rabbit.management_url:
+        raise BrokerError("this RabbitMQ has no management API; MQLIB_RABBITMQ_MANAGEMENT_URL names its address")
     where = urlsplit(rabbit.management_url).hostname
     try:
         async with httpx.AsyncClient(timeout=5) as client:

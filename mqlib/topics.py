@@ -11,6 +11,7 @@ from typing import Any
 
 from aiokafka import AIOKafkaConsumer, AIOKafkaProducer, ConsumerRecord, TopicPartition
 from aiokafka.admin import AIOKafkaAdminClient, NewTopic
+from aiokafka.errors import KafkaConnectionError
 
 from .brokers import BrokerError, Kafka
 from .brokers.base import Connectable
@@ -64,11 +65,39 @@ async def _stop(client: AIOKafkaProducer | AIOKafkaConsumer) -> None:
     task = asyncio.ensure_future(client.stop())
     done, _ = await asyncio.wait([task], timeout=STOP_SECONDS)
     if not done:
-        task.cancel()
-        await client._client.close() if isinstance(client, AIOKafkaConsumer) else await client.client.close()
-        await asyncio.wait([task], timeout=1)
+        await _abandon(client, task)
     elif not task.cancelled() and (error := task.exception()) is not None:
         raise error
+
+
+async def _abandon(client: AIOKafkaProducer | AIOKafkaConsumer, stopping: asyncio.Future[None]) -> None:
+    """Ends what `stop` would have ended, had the broker answered, without asking the broker anything."""
+    stopping.cancel()
+    await asyncio.wait([stopping], timeout=1)
+    if isinstance(client, AIOKafkaConsumer):
+        coordinator = client._coordinator
+        for name in ("_coordination_task", "_heartbeat_task", "_commit_refresh_task", "_reset_committed_task"):
+            await _cancel(getattr(coordinator, name, None))
+        await client._fetcher.close()
+        await client._client.close()
+        return
+    sender, accumulator = client._sender, client._message_accumulator
+    for task in asyncio.all_tasks():
+        # Requests under way: the sender knows them only in its own frame, and would wait for their retries.
+        if (code := getattr(task.get_coro(), "cr_frame", None)) and code.f_locals.get("self") is sender:
+            await _cancel(task)
+    # aiokafka 0.14 forgets that a batch which it tries again is pending, and an error of `_drain_waiter` is nobody's.
+    accumulator._pending_batches.update(batch for queue in accumulator._batches.values() for batch in queue)
+    accumulator.fail_all(KafkaConnectionError("the broker did not answer while the producer was being closed"))
+    for batch in accumulator._pending_batches:
+        batch._drain_waiter.exception()
+    await client.client.close()
+
+
+async def _cancel(task: asyncio.Task[Any] | None) -> None:
+    if task is not None and not task.done():
+        task.cancel()
+        await asyncio.wait([task], timeout=1)
 
 
 @contextlib.asynccontextmanager
@@ -114,6 +143,8 @@ async def read(kafka: Kafka, *topics: str, within: float = 10.0, **options: Any)
     """
     records: list[ConsumerRecord] = []
     parts = [part for name in topics for part in await partitions_of(kafka, name)]
+    if not parts:
+        return []
     async with consumer(kafka, **options) as reader:
         reader.assign(parts)
         ends = await reader.end_offsets(parts)

@@ -29,6 +29,10 @@ KAFKA: dict[str, str] = {
 RABBITMQ: dict[str, str] = {
     "loopback_users": "none",  # we bind to loopback; in a container the client comes from the bridge's address
     "collect_statistics_interval": "1000",
+    # What a queue holds is sampled at the shortest of these intervals (default: 5 s).
+    "management.sample_retention_policies.global.minute": "1",
+    "management.sample_retention_policies.basic.minute": "1",
+    "management.sample_retention_policies.detailed.10": "1",
     "log.console": "true",
     "log.console.level": "info",
     "log.file": "false",

@@ -28,11 +28,11 @@ def tool() -> list[str]:
     return [str(compose.fetch())]
 
 
-def config(tool: list[str], *profiles: str) -> Any:
+def config(tool: list[str], *profiles: str, part: str = "services") -> Any:
     options = [option for profile in profiles for option in ("--profile", profile)]
     done = subprocess.run([*tool, *options, "config", "--format", "json"], cwd=ROOT, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
-    return json.loads(done.stdout)["services"]
+    return json.loads(done.stdout)[part]
 
 
 def test_images_and_settings_are_those_of_the_brokers_module(tool: list[str]) -> None:
@@ -46,6 +46,9 @@ def test_images_and_settings_are_those_of_the_brokers_module(tool: list[str]) ->
     given = services["kafka"]["environment"]
     missing = {key: value for key, value in wanted.items() if given[f"KAFKA_{key.upper().replace('.', '_')}"] != value}
     assert missing == {}
+    lines = config(tool, part="configs")["rabbitmq"]["content"].splitlines()
+    assert dict(line.split(" = ") for line in lines).items() <= settings.RABBITMQ.items()
+    assert {*settings.RABBITMQ} - {line.split(" = ")[0] for line in lines} == {"log.console.level"}  # its default
 
 
 def test_every_port_is_published_on_loopback_only(tool: list[str]) -> None:
