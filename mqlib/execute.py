@@ -37,7 +37,7 @@ class Outcome:
 
     @property
     def question(self) -> str:
-        """The first sentence after the title."""
+        """The first paragraph after the title."""
         text = self.notebook.cells[0].source.split("\n", 1)[-1].strip() if self.notebook.cells else ""
         return text.split("\n\n")[0].replace("\n", " ")
 

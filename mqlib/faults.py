@@ -29,6 +29,7 @@ class Proxy:
         self.delay = 0.0
         """Seconds that each piece waits, in each direction."""
         self._writers: set[asyncio.StreamWriter] = set()
+        self._ended = False
 
     @property
     def client(self) -> dict[str, Any]:
@@ -48,6 +49,8 @@ class Proxy:
             return
         both = {writer, remote_writer}
         self._writers |= both
+        if self._ended:  # while the connection was being made
+            self.cut()
         try:
             async with asyncio.TaskGroup() as group:
                 group.create_task(self._pipe(reader, remote_writer, "up"))
@@ -101,4 +104,5 @@ async def proxy(broker: Kafka | RabbitMQ) -> AsyncIterator[Proxy]:
         yield made
     finally:
         server.close()
+        made._ended = True
         made.cut()
