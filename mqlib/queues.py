@@ -84,10 +84,11 @@ async def management(rabbit: RabbitMQ, path: str) -> Any:
     """One GET of the management API, decoded. Raises `BrokerError` with its answer, or when it does not answer."""
     if not rabbit.management_url:
         raise BrokerError("this RabbitMQ has no management API; MQLIB_RABBITMQ_MANAGEMENT_URL names its address")
-    where = urlsplit(rabbit.management_url).hostname
+    address = rabbit.address[1]
+    where = urlsplit(address).hostname
     try:
         async with httpx.AsyncClient(timeout=5) as client:
-            answer = await client.get(f"{rabbit.management_url}/api{path}")
+            answer = await client.get(f"{address}/api{path}")
     except httpx.HTTPError as error:
         raise BrokerError(
             f"RabbitMQ's management API on {where} does not answer ({type(error).__name__}). Is the plugin enabled? "

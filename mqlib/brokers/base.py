@@ -217,11 +217,20 @@ class RabbitMQ(Broker):
     secured_by: dict[str, str] = field(default_factory=dict)
     """The `MQLIB_RABBITMQ_…` variables that `security` came from."""
 
+    addresses: tuple[tuple[str, str], ...] = ()
+    """`url` and `management_url` of each node, where the nodes are ours."""
+
     kind = "RabbitMQ"
 
     @property
+    def address(self) -> tuple[str, str]:
+        """`url` and `management_url` of a node that lives: those of the first, if it does."""
+        living = (each for each, node in zip(self.addresses, self.nodes, strict=True) if node.running)
+        return next(living, (self.url, self.management_url))
+
+    @property
     def client(self) -> dict[str, Any]:
-        return {"url": self.url, **self.security}
+        return {"url": self.address[0], **self.security}
 
     @property
     def environment(self) -> dict[str, str]:

@@ -6,7 +6,7 @@ import os
 import secrets
 import shutil
 from collections.abc import Callable, Mapping, Sequence
-from functools import cache
+from functools import cache, partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -15,7 +15,8 @@ from .base import BrokerUnavailable, Kafka, Node, RabbitMQ, Version
 from .machine import HOST, free_ports, say
 from .ownership import Estate
 from .probe import probe_kafka, probe_rabbitmq
-from .process import CLUSTER_ID, PortTaken, await_ready, started
+from .process import CLUSTER_ID
+from .starting import PortTaken, await_ready, started
 from .versions import KAFKA_IMAGE, KAFKA_VERSION, RABBITMQ_IMAGE
 
 if TYPE_CHECKING:
@@ -79,31 +80,40 @@ class ContainerNode(Node):
     def _docker(self) -> Any:
         return self._container.get_wrapped_container()
 
+    def _state(self) -> str:
+        """Docker's word for what it does now; empty where it is no more."""
+        import docker
+
+        try:
+            self._docker.reload()
+        except (docker.errors.DockerException, OSError):
+            return ""
+        return str(self._docker.status)
+
+    # Each may be called in any state, as with a process: Docker would refuse to kill what has ended.
     def kill(self) -> None:
-        self._docker.kill()
-        self._docker.wait()
+        if self.running:
+            self._docker.kill()
+            self._docker.wait()
 
     def pause(self) -> None:
-        self._docker.pause()
+        if self._state() == "running":
+            self._docker.pause()
 
     def resume(self) -> None:
-        self._docker.unpause()
+        if self._state() == "paused":
+            self._docker.unpause()
 
     def restart(self, graceful: bool = True) -> None:
         if self.running:
+            self.resume()  # a paused server cannot hear that it is to stop
             self._docker.stop(timeout=20) if graceful else self.kill()
         self._docker.start()
         self.wait_until_ready()
 
     @property
     def running(self) -> bool:
-        import docker
-
-        try:
-            self._docker.reload()
-        except (docker.errors.DockerException, OSError):
-            return False
-        return self._docker.status in ("created", "running", "paused", "restarting")
+        return self._state() in ("created", "running", "paused", "restarting")
 
     def log(self, lines: int = 20) -> str:
         text: str = self._docker.logs(tail=lines).decode(errors="replace")
@@ -189,21 +199,23 @@ def _kafka(estate: Estate, count: int, own: dict[str, str]) -> Kafka:
         servers.append(_launch(estate, name, container))
     bootstrap = ",".join(f"{HOST}:{port}" for port in clients)
 
-    def probe() -> Version:
-        return probe_kafka(bootstrap, {}, 15, replication=count)
-
-    _settle(servers, probe)
+    _settle(servers, lambda living: probe_kafka(bootstrap, {}, 15, replication=len(living)))
     return Kafka(
         provider="container", version=Version.parse(KAFKA_VERSION), nodes=servers, settings=differs,
         bootstrap=bootstrap, proxy_ports=(behind_proxy, advertised),
     )  # fmt: skip
 
 
-def _settle(servers: Sequence[ContainerNode], probe: Callable[[], Version]) -> Version:
-    version = await_ready(servers, probe, within=120)
+def _settle(servers: Sequence[ContainerNode], probe: Callable[[Sequence[ContainerNode]], Version]) -> Version:
+    def ready(living: Sequence[ContainerNode]) -> Version:
+        return await_ready(living, lambda: probe(living), within=120)
+
+    def again(restarted: ContainerNode) -> Version:
+        return ready([node for node in servers if node is restarted or node.running])
+
     for node in servers:
-        node.wait_until_ready = lambda: await_ready(servers, probe, within=120)
-    return version
+        node.wait_until_ready = partial(again, node)
+    return ready(servers)
 
 
 def rabbitmq(nodes: int = 1, settings: Mapping[str, str] | None = None) -> RabbitMQ:
@@ -238,8 +250,9 @@ def _rabbitmq(estate: Estate, count: int, own: dict[str, str]) -> RabbitMQ:
         container.with_copy_into_container(plugins.encode(), "/etc/rabbitmq/enabled_plugins")
         servers.append(_launch(estate, name, container))
     urls = [f"amqp://guest:guest@{HOST}:{ports[2 * index]}/" for index in range(count)]
-    version = _settle(servers, lambda: min(probe_rabbitmq(url, {}, 15) for url in urls))
+    consoles = [f"http://guest:guest@{HOST}:{ports[2 * index + 1]}" for index in range(count)]
+    version = _settle(servers, lambda living: min(probe_rabbitmq(urls[servers.index(node)], {}, 15) for node in living))
     return RabbitMQ(
         provider="container", version=version, nodes=servers, settings=differs,
-        url=urls[0], management_url=f"http://guest:guest@{HOST}:{ports[1]}",
+        url=urls[0], management_url=consoles[0], addresses=tuple(zip(urls, consoles, strict=True)),
     )  # fmt: skip

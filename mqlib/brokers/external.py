@@ -15,6 +15,7 @@ from .probe import hushed, probe_kafka, probe_rabbitmq, run_blocking
 
 PROBE_SECONDS = 10.0
 CLEAN_UP_SECONDS = 5.0
+MECHANISMS = ("PLAIN", "SCRAM-SHA-256", "SCRAM-SHA-512")
 
 
 def _tls(variable: str) -> ssl.SSLContext:
@@ -46,16 +47,23 @@ def kafka() -> Kafka:
     if protocol.endswith("SSL"):
         security["ssl_context"] = _tls("MQLIB_KAFKA_CA")
     if protocol.startswith("SASL"):
-        security["sasl_mechanism"] = os.environ.get("MQLIB_KAFKA_SASL_MECHANISM", "PLAIN")
+        mechanism = os.environ.get("MQLIB_KAFKA_SASL_MECHANISM", "PLAIN")
+        if mechanism not in MECHANISMS:
+            raise BrokerUnavailable(f"MQLIB_KAFKA_SASL_MECHANISM is {mechanism!r}; use one of {', '.join(MECHANISMS)}")
+        security["sasl_mechanism"] = mechanism
         for argument, name in (("username", "MQLIB_KAFKA_USERNAME"), ("password", "MQLIB_KAFKA_PASSWORD")):
             if name not in os.environ:
                 raise BrokerUnavailable(f"MQLIB_KAFKA_SECURITY_PROTOCOL is {protocol}, but {name} is not set")
             security[f"sasl_plain_{argument}"] = os.environ[name]
-    least = probe_kafka(bootstrap, security, PROBE_SECONDS)
     told = os.environ.get("MQLIB_KAFKA_VERSION", "")
+    try:
+        version = Version.parse(told) if told else None
+    except ValueError:
+        raise BrokerUnavailable(f"MQLIB_KAFKA_VERSION is {told!r}; write for example 4.3.1, or unset it") from None
+    least = probe_kafka(bootstrap, security, PROBE_SECONDS)
     broker = Kafka(
         provider="external",
-        version=Version.parse(told) if told else least,
+        version=version or least,
         bootstrap=bootstrap,
         security=security,
         secured_by=_carried(

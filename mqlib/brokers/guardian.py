@@ -23,9 +23,13 @@ import time
 from pathlib import Path
 
 PR_SET_PDEATHSIG = 1  # prctl(2): should the guardian itself be killed, Linux ends its children
+DEAF_TO = ("SIGINT", "SIGTERM", "SIGHUP")  # Ctrl-C and a closed terminal reach the owner; we follow its pipe
 
 
-def _die_with_parent() -> None:
+def _prepare_child() -> None:
+    """Runs in a child before its program: what we ignore it would ignore too, and a JVM then never stops politely."""
+    for name in DEAF_TO:
+        signal.signal(getattr(signal, name), signal.SIG_DFL)
     if sys.platform == "linux":
         ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
 
@@ -48,7 +52,7 @@ class Keeper:
         with open(log, "ab") as out:
             process = subprocess.Popen(
                 argv, env=env, cwd=cwd, stdin=subprocess.DEVNULL, stdout=out, stderr=out,
-                start_new_session=True, preexec_fn=_die_with_parent if os.name == "posix" else None,
+                start_new_session=True, preexec_fn=_prepare_child if os.name == "posix" else None,
             )  # fmt: skip
         self.processes[process.pid] = process
         return process.pid
@@ -81,9 +85,9 @@ class Keeper:
             if pid in self.processes:
                 self.stop(pid, 0)
                 del self.processes[pid]
-        _remove_docker(containers, networks)
         for folder in folders:
             _remove_folder(folder)
+        remove_docker(containers, networks)
         self.containers = [name for name in self.containers if name not in containers]
         self.networks = [name for name in self.networks if name not in networks]
         self.folders = [name for name in self.folders if name not in folders]
@@ -100,23 +104,23 @@ def _remove_folder(folder: str) -> None:
         time.sleep(0.1)
 
 
-def _remove_docker(containers: list[str], networks: list[str]) -> None:
+def remove_docker(containers: list[str], networks: list[str]) -> None:
     if not containers and not networks:
         return
     import docker  # only where containers were made, and then it is there
 
     client = docker.from_env()
-    for name in containers:
-        with contextlib.suppress(docker.errors.NotFound):
+    for name in containers:  # what one of them refuses must not keep the others
+        with contextlib.suppress(docker.errors.DockerException):
             client.containers.get(name).remove(force=True, v=True)
     for name in networks:
-        with contextlib.suppress(docker.errors.NotFound):
+        with contextlib.suppress(docker.errors.DockerException):
             client.networks.get(name).remove()
 
 
 def main() -> None:
     """Serves requests until standard input closes or the owner is gone, then releases everything."""
-    for name in ("SIGINT", "SIGTERM", "SIGHUP"):  # Ctrl-C and a closed terminal reach the owner; we follow its pipe
+    for name in DEAF_TO:
         if hasattr(signal, name):
             signal.signal(getattr(signal, name), signal.SIG_IGN)
     keeper, owner, buffer = Keeper(), os.getppid(), b""

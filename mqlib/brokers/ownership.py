@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import shutil
@@ -13,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from .base import BrokerError
+from .guardian import remove_docker
 
 _GUARDIAN_SCRIPT = Path(__file__).with_name("guardian.py")
 
@@ -49,14 +51,16 @@ class Guardian:
 
 
 _guardian: Guardian | None = None
+_guardian_lock = threading.Lock()
 
 
 def guardian() -> Guardian:
     """The guardian of this process, started at the first call (and again in a fork, which owns nothing yet)."""
     global _guardian
-    if _guardian is None or _guardian.owner != os.getpid() or _guardian._process.poll() is not None:
-        _guardian = Guardian()
-    return _guardian
+    with _guardian_lock:  # brokers start side by side
+        if _guardian is None or _guardian.owner != os.getpid() or _guardian._process.poll() is not None:
+            _guardian = Guardian()
+        return _guardian
 
 
 class Estate:
@@ -106,7 +110,9 @@ class Estate:
             self._guardian.ask(
                 "release", pids=self.pids, containers=self.containers, networks=self.networks, folders=self.folders
             )
-        except BrokerError:  # the guardian is gone, and everything with it
+        except BrokerError:  # the guardian is gone, and its children with it
             for folder in self.folders:
                 shutil.rmtree(folder, ignore_errors=True)
+            with contextlib.suppress(Exception):  # nor can an engine that has ended be told to remove anything
+                remove_docker(self.containers, self.networks)
         self.pids, self.containers, self.networks, self.folders = [], [], [], []

@@ -5,10 +5,12 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import logging
+import re
 import secrets
 import socket
 import threading
 from collections.abc import Coroutine, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any, TypeVar
 from urllib.parse import unquote, urlsplit
 
@@ -38,23 +40,38 @@ def run_blocking(work: Coroutine[Any, Any, T]) -> T:
     return result[0]
 
 
+_hush_lock = threading.Lock()
+_hushed: dict[str, tuple[int, int]] = {}  # a logger's level before, and how many keep it silent now
+
+
 @contextlib.contextmanager
 def hushed(*loggers: str) -> Iterator[None]:
-    """Silences client libraries while we ask on purpose what may fail; our own message says it better."""
-    before = {name: logging.getLogger(name).level for name in loggers}
-    for name in loggers:
-        logging.getLogger(name).setLevel(logging.CRITICAL + 1)
+    """Silences client libraries while we ask on purpose what may fail; our own message says it better.
+
+    Several threads may: the first notes the level, the last restores it.
+    """
+    with _hush_lock:
+        for name in loggers:
+            logger = logging.getLogger(name)
+            level, holders = _hushed.get(name, (logger.level, 0))
+            _hushed[name] = level, holders + 1
+            logger.setLevel(logging.CRITICAL + 1)
     try:
         yield
     finally:
-        for name, level in before.items():
-            logging.getLogger(name).setLevel(level)
+        with _hush_lock:
+            for name in loggers:
+                level, holders = _hushed.pop(name)
+                if holders > 1:
+                    _hushed[name] = level, holders - 1
+                else:
+                    logging.getLogger(name).setLevel(level)
 
 
 def split_address(address: str, default_port: int, variable: str) -> tuple[str, int]:
     """`host:port` as a pair. Raises `BrokerUnavailable` that names the variable it came from."""
     host, _, port = address.strip().rpartition(":") if ":" in address else (address.strip(), "", str(default_port))
-    if not host or not port.isdigit() or not 0 < int(port) < 65536:
+    if not host or re.search(r"[\s/@]", host) or not port.isdigit() or not 0 < int(port) < 65536:
         raise BrokerUnavailable(f"{variable} has {address!r}, which is not host:port; write for example localhost:9092")
     return host.strip("[]"), int(port)
 
@@ -64,7 +81,7 @@ def why_unreachable(host: str, port: int) -> str:
     try:
         with socket.create_connection((host, port), timeout=CONNECT_SECONDS):
             return ""
-    except socket.gaierror:
+    except (socket.gaierror, UnicodeError):  # UnicodeError: no name at all, says Python before it asks
         return f"the name {host} cannot be resolved"
     except TimeoutError:
         return f"{host}:{port} does not answer within {CONNECT_SECONDS:.0f} s"
@@ -80,10 +97,9 @@ def probe_kafka(bootstrap: str, security: dict[str, Any], within: float, replica
     Every server that the broker advertises is contacted, since a client that bootstraps well still cannot send when the
     advertised address is one that it cannot reach. Raises `BrokerUnavailable`, within `within` seconds.
     """
-    problems = []
-    for address in bootstrap.split(","):
-        host, port = split_address(address, 9092, "MQLIB_KAFKA_BOOTSTRAP")
-        problems.append(why_unreachable(host, port))
+    addresses = [split_address(address, 9092, "MQLIB_KAFKA_BOOTSTRAP") for address in bootstrap.split(",")]
+    with ThreadPoolExecutor(len(addresses)) as pool:
+        problems = list(pool.map(lambda address: why_unreachable(*address), addresses))
     if all(problems):
         raise BrokerUnavailable(
             f"Kafka at {bootstrap}: {problems[0]}. Is it running, and is the address right? "
@@ -106,16 +122,18 @@ async def _round_trip_kafka(bootstrap: str, security: dict[str, Any], within: fl
         async with asyncio.timeout(within):
             await admin.start()
             session = True
-            cluster = await admin.describe_cluster()
-            for broker in cluster["brokers"]:
-                if problem := why_unreachable(broker["host"], broker["port"]):
+            # What the bootstrap told, before any server is talked to by its advertised address.
+            servers = sorted(admin._client.cluster.brokers())
+            problems = await asyncio.gather(*(asyncio.to_thread(why_unreachable, s.host, s.port) for s in servers))
+            for server, problem in zip(servers, problems, strict=True):
+                if problem:
                     raise BrokerUnavailable(
-                        f"{at} answers, but says that its server {broker['node_id']} is at "
-                        f"{broker['host']}:{broker['port']}, and {problem} from here. "
+                        f"{at} answers, but says that its server {server.nodeId} is at "
+                        f"{server.host}:{server.port}, and {problem} from here. "
                         "Set advertised.listeners on that server to an address that this machine can reach."
                     )
             topic = f"mq-ready-{secrets.token_hex(4)}"
-            made = await admin.create_topics([NewTopic(topic, 1, min(replication, len(cluster["brokers"])))])
+            made = await admin.create_topics([NewTopic(topic, 1, min(replication, len(servers)))])
             code, text = made.topic_errors[0][1:3]
             if code:
                 raise BrokerUnavailable(f"{at}: cannot create a topic here ({text or f'error {code}'})")
@@ -185,11 +203,20 @@ async def _round_trip_rabbitmq(
     shown: str, url: str, security: dict[str, Any], within: float, user: str, vhost: str
 ) -> Version:
     import aio_pika
-    from aiormq.exceptions import AMQPError, AuthenticationError, ConnectionNotAllowed, InvalidFrameError
+    from aiormq.exceptions import (
+        AMQPError,
+        AuthenticationError,
+        ChannelAccessRefused,
+        ConnectionNotAllowed,
+        InvalidFrameError,
+        ProbableAuthenticationError,
+    )  # fmt: skip
 
+    session = False
     try:
         async with asyncio.timeout(within):
             async with await aio_pika.connect(url, **security) as connection:
+                session = True
                 properties = connection.transport.connection.server_properties
                 channel = await connection.channel()
                 queue = await channel.declare_queue(exclusive=True)
@@ -197,13 +224,21 @@ async def _round_trip_rabbitmq(
                 await queue.get(no_ack=True)
                 version = properties["version"]
                 return Version.parse(version if isinstance(version, str) else version.decode())
-    except AuthenticationError:
+    except (AuthenticationError, ProbableAuthenticationError):
         why = f"it refuses the user {user!r} or the password. Check MQLIB_RABBITMQ_URL."
     except (ConnectionNotAllowed, InvalidFrameError):
         # A vhost that is missing or forbidden ends the handshake in a frame that aiormq does not expect.
         why = f"the vhost {vhost!r} does not exist, or {user!r} may not use it. Check the end of MQLIB_RABBITMQ_URL."
+    except ChannelAccessRefused as error:
+        why = (
+            f"{user!r} may not make, fill and read a queue in the vhost {vhost!r}. Give it the rights there. ({error})"
+        )
     except TimeoutError:
-        why = f"it accepts connections, but a message could not be sent and fetched back within {within:.0f} s."
+        why = (
+            f"it answers, but a message could not be sent and fetched back within {within:.0f} s."
+            if session
+            else f"it accepts connections but does not answer as RabbitMQ within {within:.0f} s. Is it RabbitMQ?"
+        )
     except (AMQPError, OSError, EOFError) as error:
         why = f"it accepts connections but does not answer as RabbitMQ ({type(error).__name__}: {error})."
     raise BrokerUnavailable(f"{shown}: {why}")

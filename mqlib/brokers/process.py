@@ -8,24 +8,22 @@ import shutil
 import signal
 import subprocess
 import tempfile
-import time
 from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from pathlib import Path
-from typing import TypeVar
 
 from . import settings as defaults
-from .base import BrokerUnavailable, Kafka, Node, RabbitMQ, Version
+from .base import BrokerError, BrokerUnavailable, Kafka, Node, RabbitMQ, Version
 from .install import java, kafka_jars, rabbitmq_server
-from .machine import HOST, cache_folder, free_ports, require_disk
+from .machine import HOST, cache_folder, free_ports
 from .ownership import Estate
 from .probe import probe_kafka, probe_rabbitmq
+from .starting import await_ready, started
 from .versions import KAFKA_VERSION
 
-START_SECONDS = 60.0
 STOP_SECONDS = 20.0
 CLUSTER_ID = "bXEtbGliLWNsdXN0ZXItMQ"  # any 16 bytes in base 64; the data folder is ours alone
 
-BrokerT = TypeVar("BrokerT", Kafka, RabbitMQ)
 
 LOG4J = """\
 appender.console.type = Console
@@ -40,8 +38,10 @@ rootLogger.appenderRef.console.ref = console
 class ProcessNode(Node):
     """A server as a child process of the guardian."""
 
-    def __init__(self, name: str, estate: Estate, argv: Sequence[str], env: dict[str, str], folder: Path) -> None:
-        self.name = name
+    def __init__(
+        self, name: str, estate: Estate, argv: Sequence[str], env: dict[str, str], folder: Path, port: int
+    ) -> None:
+        self.name, self.port = name, port
         self.pid = 0
         self.wait_until_ready: Callable[[], object] = lambda: None
         self._estate, self._argv, self._env, self._folder = estate, list(argv), env, folder
@@ -67,7 +67,24 @@ class ProcessNode(Node):
 
     @property
     def running(self) -> bool:
-        return self._estate.exit_code(self.pid) is None
+        try:
+            return self._estate.exit_code(self.pid) is None
+        except BrokerError:  # the guardian is gone, and its children with it
+            return False
+
+    def listens(self) -> bool:
+        """Whether it is this server that listens on its port, and not another that took the port first."""
+        import psutil
+
+        try:
+            server = psutil.Process(self.pid)
+            return any(
+                each.status == psutil.CONN_LISTEN and each.laddr.port == self.port
+                for process in (server, *server.children(recursive=True))
+                for each in process.net_connections("tcp")
+            )
+        except psutil.Error:
+            return False
 
     def log(self, lines: int = 20) -> str:
         if not self._log.exists():
@@ -75,53 +92,25 @@ class ProcessNode(Node):
         return "\n".join(self._log.read_text(errors="replace").splitlines()[-lines:])
 
 
-class PortTaken(Exception):
-    """Somebody took a port between our choosing it and the server's binding it: choose again."""
+def settle(servers: Sequence[ProcessNode], probe: Callable[[Sequence[ProcessNode]], Version]) -> Version:
+    """Waits until all are ready, and lets each wait likewise after a restart: for itself and those that live then."""
 
+    def ready(living: Sequence[ProcessNode]) -> Version:
+        def ask() -> Version:
+            version = probe(living)
+            for node in living:
+                if not node.listens():
+                    raise BrokerUnavailable(f"another program answers at port {node.port} of {node.name}")
+            return version
 
-def await_ready(nodes: Sequence[Node], probe: Callable[[], Version], within: float = START_SECONDS) -> Version:
-    """Probes until it succeeds; returns what the probe says.
+        return await_ready(living, ask)
 
-    Raises `BrokerUnavailable`, with the server's own last log lines, when one of the nodes ends or `within` seconds
-    pass; `PortTaken` when the log says so.
-    """
-    deadline = time.monotonic() + within
-    problem = "it never answered"
-    while time.monotonic() < deadline:
-        ended = next((node for node in nodes if not node.running), None)
-        if ended is not None:
-            log = ended.log(40)
-            if "in use" in log or "eaddrinuse" in log:
-                raise PortTaken
-            raise BrokerUnavailable(f"{ended.name} ended while starting. The last lines of its log:\n{ended.log()}")
-        try:
-            return probe()
-        except BrokerUnavailable as error:
-            problem = str(error)
-        time.sleep(0.1)
-    raise BrokerUnavailable(
-        f"{nodes[0].name} was not ready within {within:.0f} s: {problem}\n"
-        f"The last lines of its log:\n{nodes[0].log()}\nIs the machine short of memory or very busy? Try again."
-    )
+    def again(restarted: ProcessNode) -> Version:
+        return ready([node for node in servers if node is restarted or node.running])
 
-
-def started(start: Callable[[Estate], BrokerT]) -> BrokerT:
-    """Runs `start` with an estate of its own; on failure nothing of it is left. Chooses new ports up to twice."""
-    require_disk()
-    for attempt in (1, 2, 3):
-        estate = Estate()
-        try:
-            broker = start(estate)
-            broker.own(estate.close)
-            return broker
-        except PortTaken:
-            estate.close()
-            if attempt == 3:
-                raise BrokerUnavailable("three times another program took the port that we had chosen") from None
-        except BaseException:
-            estate.close()
-            raise
-    raise AssertionError("unreachable")
+    for node in servers:
+        node.wait_until_ready = partial(again, node)
+    return ready(servers)
 
 
 def kafka(nodes: int = 1, settings: Mapping[str, str] | None = None) -> Kafka:
@@ -162,17 +151,13 @@ def _kafka(estate: Estate, count: int, own: dict[str, str], jars: Sequence[Path]
         file = folder / f"{name}.properties"
         file.write_text("".join(f"{key}={value}\n" for key, value in properties.items()))
         _format(index + 1, data, file, virtual_machine)
-        node = ProcessNode(name, estate, [*virtual_machine, "kafka.Kafka", str(file)], _environment(folder), folder)
+        argv = [*virtual_machine, "kafka.Kafka", str(file)]
+        node = ProcessNode(name, estate, argv, _environment(folder), folder, clients[index])
         node.start()
         servers.append(node)
     bootstrap = ",".join(f"{HOST}:{port}" for port in clients)
 
-    def probe() -> Version:
-        return probe_kafka(bootstrap, {}, 15, replication=count)
-
-    await_ready(servers, probe)
-    for node in servers:
-        node.wait_until_ready = lambda: await_ready(servers, probe)
+    settle(servers, lambda living: probe_kafka(bootstrap, {}, 15, replication=len(living)))
     return Kafka(
         provider="process", version=Version.parse(KAFKA_VERSION), nodes=servers, settings=differs,
         bootstrap=bootstrap, proxy_ports=(behind_proxy, advertised),
@@ -253,23 +238,24 @@ def _rabbitmq(estate: Estate, count: int, own: dict[str, str], script: Path, epm
             "RABBITMQ_ENABLED_PLUGINS_FILE": str(plugins),
             "RABBITMQ_PID_FILE": str(home / "pid"),
             "RABBITMQ_DIST_PORT": str(distribution),
+            # Makes the script become the server instead of waiting for it: our signals reach the server itself.
+            "RUNNING_UNDER_SYSTEMD": "true",
             "ERL_EPMD_PORT": str(mapper),
             "ERL_EPMD_ADDRESS": HOST,
             "RABBITMQ_SERVER_ADDITIONAL_ERL_ARGS": f"{defaults.RABBITMQ_ERLANG_ARGUMENTS} "
             "-kernel inet_dist_use_interface {127,0,0,1}",
         }
-        node = ProcessNode(f"rabbitmq-{index + 1}", estate, [str(script)], environment, home)
+        node = ProcessNode(f"rabbitmq-{index + 1}", estate, [str(script)], environment, home, amqp)
         node.start()
         servers.append(node)
     urls = [f"amqp://guest:guest@{HOST}:{ports[5 * index]}/" for index in range(count)]
+    consoles = [f"http://guest:guest@{HOST}:{ports[5 * index + 1]}" for index in range(count)]
 
-    def probe() -> Version:
-        return min(probe_rabbitmq(url, {}, 15) for url in urls)
+    def probe(living: Sequence[ProcessNode]) -> Version:
+        return min(probe_rabbitmq(urls[servers.index(node)], {}, 15) for node in living)
 
-    version = await_ready(servers, probe)
-    for node in servers:
-        node.wait_until_ready = lambda: await_ready(servers, probe)
+    version = settle(servers, probe)
     return RabbitMQ(
         provider="process", version=version, nodes=servers, settings=differs,
-        url=urls[0], management_url=f"http://guest:guest@{HOST}:{ports[1]}",
+        url=urls[0], management_url=consoles[0], addresses=tuple(zip(urls, consoles, strict=True)),
     )  # fmt: skip

@@ -35,6 +35,7 @@ RABBITMQ: dict[str, str] = {
     "management.sample_retention_policies.detailed.10": "1",
     "log.console": "true",
     "log.console.level": "info",
+    "log.console.use_colors": "off",  # it believes a file to be a terminal
     "log.file": "false",
 }
 
