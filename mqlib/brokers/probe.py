@@ -132,8 +132,12 @@ async def _round_trip_kafka(bootstrap: str, security: dict[str, Any], within: fl
                         f"{server.host}:{server.port}, and {problem} from here. "
                         "Set advertised.listeners on that server to an address that this machine can reach."
                     )
+            if replication > 1:  # a cluster of ours: every server has to know every other one
+                known = [await _servers_known_to(address, client) for address in bootstrap.split(",")]
+                if len([count for count in known if count >= replication]) < replication:
+                    raise BrokerUnavailable(f"{at}: its servers know {known} of {replication} servers so far")
             topic = f"mq-ready-{secrets.token_hex(4)}"
-            made = await admin.create_topics([NewTopic(topic, 1, min(replication, len(servers)))])
+            made = await admin.create_topics([NewTopic(topic, 1, replication)])
             code, text = made.topic_errors[0][1:3]
             if code:
                 raise BrokerUnavailable(f"{at}: cannot create a topic here ({text or f'error {code}'})")
@@ -161,6 +165,21 @@ async def _round_trip_kafka(bootstrap: str, security: dict[str, Any], within: fl
     finally:
         with contextlib.suppress(Exception):
             await admin.close()
+
+
+async def _servers_known_to(address: str, client: dict[str, Any]) -> int:
+    """How many servers the one at `address` knows; 0 when it is one that does not answer."""
+    from aiokafka.admin import AIOKafkaAdminClient
+    from aiokafka.errors import KafkaError
+
+    admin = AIOKafkaAdminClient(**{**client, "bootstrap_servers": address})
+    try:
+        await admin.start()
+        return len(admin._client.cluster.brokers())
+    except KafkaError:
+        return 0
+    finally:
+        await admin.close()
 
 
 def _why_no_session(security: dict[str, Any], error: BaseException) -> str:
