@@ -11,28 +11,36 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from .brokers import BrokerError, BrokerUnavailable, Kafka, RabbitMQ, kafka, rabbitmq
+    from .bulk import Outcome, Undelivered, pump, pump_messages
     from .checks import CheckFailed, check, exercise
-    from .faults import Proxy, proxy
-    from .ledger import Ledger
-    from .queues import channel, depth, take_messages
+    from .faults import Proxy, killed, paused, proxy
+    from .lag import LagMonitor, group_lag, monitor_lag
+    from .ledger import Journal, Ledger
+    from .queues import DepthMonitor, channel, depth, monitor_depth, take_messages
     from .topics import consumer, end_offsets, producer, read, take, topic
     from .waiting import until
+    from .workers import Worker, WorkerFailed, crash, worker
 
 _HOME = {
     "brokers": ("BrokerError", "BrokerUnavailable", "Kafka", "RabbitMQ", "kafka", "rabbitmq"),
     "checks": ("CheckFailed", "check", "exercise"),
-    "faults": ("Proxy", "proxy"),
-    "ledger": ("Ledger",),
-    "queues": ("channel", "depth", "take_messages"),
+    "bulk": ("Outcome", "Undelivered", "pump", "pump_messages"),
+    "faults": ("Proxy", "killed", "paused", "proxy"),
+    "lag": ("LagMonitor", "group_lag", "monitor_lag"),
+    "ledger": ("Journal", "Ledger"),
+    "queues": ("DepthMonitor", "channel", "depth", "monitor_depth", "take_messages"),
     "topics": ("consumer", "end_offsets", "producer", "read", "take", "topic"),
     "waiting": ("until",),
+    "workers": ("Worker", "WorkerFailed", "crash", "worker"),
 }
 _MODULE = {name: module for module, names in _HOME.items() for name in names}
 
 __all__ = [
-    "BrokerError", "BrokerUnavailable", "CheckFailed", "Kafka", "Ledger", "Proxy", "RabbitMQ", "channel", "check",
-    "consumer", "depth", "end_offsets", "exercise", "kafka", "producer", "proxy", "rabbitmq", "read", "take",
-    "take_messages", "topic", "until",
+    "BrokerError", "BrokerUnavailable", "CheckFailed", "DepthMonitor", "Journal", "Kafka", "LagMonitor", "Ledger",
+    "Outcome", "Proxy", "RabbitMQ", "Undelivered", "Worker", "WorkerFailed", "channel", "check", "consumer", "crash",
+    "depth", "end_offsets", "exercise", "group_lag", "kafka", "killed", "monitor_depth", "monitor_lag", "paused",
+    "producer", "proxy", "pump", "pump_messages", "rabbitmq", "read", "take", "take_messages", "topic", "until",
+    "worker",
 ]  # fmt: skip
 
 

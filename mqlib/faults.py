@@ -1,6 +1,6 @@
-"""Faults that are real, and undone at the end of the block: a TCP proxy that counts, delays, cuts.
+"""Faults that are real, and undone at the end of the block, whatever happens in it.
 
-Nodes have their own: `broker.nodes[0].kill()`, `.pause()`, `.resume()`, `.restart()`.
+A TCP proxy counts, delays, cuts and swallows; a node is killed or frozen. A process that crashes is in `workers`.
 """
 
 from __future__ import annotations
@@ -10,11 +10,11 @@ import contextlib
 import os
 import socket
 import struct
-from collections.abc import AsyncIterator
-from typing import Any
+from collections.abc import AsyncIterator, Iterator
+from typing import Any, Literal
 from urllib.parse import urlsplit
 
-from .brokers import BrokerError, Kafka, RabbitMQ
+from .brokers import BrokerError, Kafka, Node, RabbitMQ
 
 
 class Proxy:
@@ -28,7 +28,11 @@ class Proxy:
         """Bytes from the broker to clients."""
         self.delay = 0.0
         """Seconds that each piece waits, in each direction."""
+        self.swallowed = 0
+        """Bytes that went nowhere, during `swallow`."""
         self._writers: set[asyncio.StreamWriter] = set()
+        self._torn: set[asyncio.StreamWriter] = set()
+        self._swallowing: set[str] = set()
         self._ended = False
 
     @property
@@ -40,6 +44,24 @@ class Proxy:
         """Resets every connection, as a failing network does. New ones may be made."""
         for writer in list(self._writers):
             _reset(writer)
+
+    @contextlib.contextmanager
+    def swallow(self, *directions: Literal["up", "down"]) -> Iterator[None]:
+        """What comes in these directions goes nowhere during the block, and nobody is told.
+
+        `swallow("down")` loses the broker's answers, although it did what it was asked; both are a black hole. At the
+        end of the block every connection that lost something is reset: a stream cannot go on with a hole in it.
+        Raises `ValueError` for another direction, or none.
+        """
+        if not directions or not {*directions} <= {"up", "down"}:
+            raise ValueError(f"directions are 'up' (to the broker) and 'down' (from it), not {directions}")
+        before, self._swallowing = self._swallowing, self._swallowing | {*directions}
+        try:
+            yield
+        finally:
+            self._swallowing = before
+            for writer in list(self._torn):
+                _reset(writer)
 
     async def _serve(self, host: str, port: int, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         try:
@@ -53,17 +75,28 @@ class Proxy:
             self.cut()
         try:
             async with asyncio.TaskGroup() as group:
-                group.create_task(self._pipe(reader, remote_writer, "up"))
-                group.create_task(self._pipe(remote_reader, writer, "down"))
+                group.create_task(self._pipe(reader, remote_writer, "up", both))
+                group.create_task(self._pipe(remote_reader, writer, "down", both))
         finally:
             self._writers -= both
+            self._torn -= both
 
-    async def _pipe(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter, direction: str) -> None:
+    async def _pipe(
+        self,
+        reader: asyncio.StreamReader,
+        writer: asyncio.StreamWriter,
+        way: str,
+        both: set[asyncio.StreamWriter],
+    ) -> None:
         with contextlib.suppress(OSError):
             while data := await reader.read(65536):
                 if self.delay:
                     await asyncio.sleep(self.delay)
-                setattr(self, direction, getattr(self, direction) + len(data))
+                if way in self._swallowing:
+                    self.swallowed += len(data)
+                    self._torn |= both
+                    continue
+                setattr(self, way, getattr(self, way) + len(data))
                 writer.write(data)
                 await writer.drain()
         writer.close()
@@ -75,6 +108,32 @@ def _reset(writer: asyncio.StreamWriter) -> None:
         now = struct.pack("hh" if os.name == "nt" else "ii", 1, 0)
         writer.get_extra_info("socket").setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, now)
     writer.transport.abort()
+
+
+@contextlib.asynccontextmanager
+async def paused(*nodes: Node) -> AsyncIterator[None]:
+    """The nodes are frozen during the block (SIGSTOP): connections stay open and nothing answers."""
+    try:
+        for node in nodes:
+            node.pause()
+        yield
+    finally:
+        for node in nodes:
+            if node.running:
+                node.resume()
+
+
+@contextlib.asynccontextmanager
+async def killed(*nodes: Node) -> AsyncIterator[None]:
+    """The nodes are killed (SIGKILL) as the block begins; at its end those that are down start on their data."""
+    try:
+        for node in nodes:
+            node.kill()
+        yield
+    finally:
+        for node in nodes:
+            if not node.running:
+                await asyncio.to_thread(node.restart, graceful=False)
 
 
 @contextlib.asynccontextmanager

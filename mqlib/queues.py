@@ -6,20 +6,51 @@ import asyncio
 import contextlib
 import logging
 import time
+import weakref
 from collections.abc import AsyncIterator
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any, Literal
 from urllib.parse import quote, unquote, urlsplit
 
 import aio_pika
 import httpx
 from aio_pika.abc import AbstractChannel, AbstractIncomingMessage, AbstractQueue
+from aio_pika.exceptions import AMQPError
 
 from .brokers import BrokerError, RabbitMQ
 from .brokers.base import Connectable
+from .sampling import curve, sampling
+
+if TYPE_CHECKING:
+    import pandas
+
+_REASONS: weakref.WeakKeyDictionary[Any, str] = weakref.WeakKeyDictionary()
+
+
+class _Quiet(logging.Handler):
+    """Keeps the libraries' warnings off stderr, and the one fact among them that aiormq 7.2 tells nowhere else."""
+
+    def emit(self, record: logging.LogRecord) -> None:
+        if "was blocked by" in record.msg and isinstance(record.args, tuple):
+            _REASONS[record.args[0]] = str(record.args[1])
+
 
 for _library in ("aio_pika", "aiormq"):
-    logging.getLogger(_library).addHandler(logging.NullHandler())
+    logging.getLogger(_library).addHandler(_Quiet())
+
+
+async def blocked(channel: AbstractChannel) -> str | None:
+    """Why the broker lets nobody publish on the channel's connection now ("low on memory", "low on disk"), or None.
+
+    See https://www.rabbitmq.com/docs/connection-blocked.
+    """
+    connection = (await channel.get_underlay_channel()).connection
+    try:
+        async with asyncio.timeout(0.05):  # it does not wait at all when the connection is not blocked
+            await connection.ready()
+    except TimeoutError:
+        return _REASONS.get(connection, "an alarm")
+    return None
 
 
 @contextlib.asynccontextmanager
@@ -59,20 +90,71 @@ async def take_messages(
 
 @dataclass(frozen=True)
 class Depth:
-    """What a queue holds: `ready` to be delivered, `unacknowledged` by its consumers; and how many consumers."""
+    """What a queue holds: `ready` to be delivered, `unacknowledged` by its consumers (None: not known); and how many
+    consumers."""
 
     ready: int
-    unacknowledged: int
+    unacknowledged: int | None
     consumers: int
 
 
-async def depth(rabbit: RabbitMQ, queue: str) -> Depth:
-    """What the queue holds now, from the management API, which needs up to `collect_statistics_interval` to notice.
+async def depth(rabbit: RabbitMQ, queue: str, by: Literal["management", "amqp"] | None = None) -> Depth:
+    """What the queue holds now, from the management API where there is one, else by AMQP.
 
-    Raises `BrokerError` when there is no such queue, or no management API.
+    The management API needs up to `collect_statistics_interval` to notice; AMQP (a passive declaration) is right at
+    once, but does not tell what is unacknowledged. Raises `BrokerError` when there is no such queue, or no answer.
     """
-    found = await management(rabbit, f"/queues/{vhost(rabbit)}/{quote(queue, safe='')}")
-    return Depth(found.get("messages_ready", 0), found.get("messages_unacknowledged", 0), found.get("consumers", 0))
+    if by == "amqp" or (by is None and not rabbit.management_url):
+        try:
+            async with channel(rabbit) as asking:
+                found = (await asking.declare_queue(queue, passive=True)).declaration_result
+        except (AMQPError, OSError) as error:
+            raise BrokerError(f"the depth of queue {queue!r} is unknown: {type(error).__name__} {error}") from None
+        return Depth(found.message_count or 0, None, found.consumer_count or 0)
+    known = await management(rabbit, f"/queues/{vhost(rabbit)}/{quote(queue, safe='')}")
+    return Depth(known.get("messages_ready", 0), known.get("messages_unacknowledged", 0), known.get("consumers", 0))
+
+
+class DepthMonitor:
+    """What one queue of RabbitMQ holds. `by` as in `depth`."""
+
+    def __init__(self, rabbit: RabbitMQ, queue: str, by: Literal["management", "amqp"] | None = None) -> None:
+        self.queue, self.samples = queue, list[tuple[float, Depth]]()
+        self.missed = 0
+        """Samples that the broker did not answer."""
+        self._rabbit, self._by = rabbit, by
+
+    async def sample(self) -> Depth:
+        """What it holds now; also kept in `samples`. Raises `BrokerError` when there is no answer, or no such queue."""
+        found = await depth(self._rabbit, self.queue, self._by)
+        self.samples.append((time.monotonic(), found))
+        return found
+
+    def curve(self) -> tuple[list[float], list[float]]:
+        """Seconds since the first sample, and ready messages, for a figure."""
+        return curve([(at, found.ready) for at, found in self.samples])
+
+    def frame(self) -> pandas.DataFrame:
+        """One row a sample: `time` in seconds since the first, ready, unacknowledged, consumers."""
+        import pandas
+
+        rows = ((at - self.samples[0][0], *vars(found).values()) for at, found in self.samples)
+        columns = ["time", *Depth.__dataclass_fields__]
+        return pandas.DataFrame(rows, columns=columns).astype(dict.fromkeys(columns[1:], "Int64"))
+
+
+@contextlib.asynccontextmanager
+async def monitor_depth(
+    rabbit: RabbitMQ, queue: str, every: float = 0.2, by: Literal["management", "amqp"] | None = None
+) -> AsyncIterator[DepthMonitor]:
+    """A `DepthMonitor` that samples every `every` seconds during the block, first when it begins, last when it ends.
+
+    A moment at which the broker does not answer makes no sample: `missed` counts those. Raises `BrokerError` when there
+    is no answer to the first.
+    """
+    monitor = DepthMonitor(rabbit, queue, by)
+    async with sampling(monitor, every):
+        yield monitor
 
 
 def vhost(rabbit: RabbitMQ) -> str:

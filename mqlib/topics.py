@@ -12,6 +12,7 @@ from typing import Any
 from aiokafka import AIOKafkaConsumer, AIOKafkaProducer, ConsumerRecord, TopicPartition
 from aiokafka.admin import AIOKafkaAdminClient, NewTopic
 from aiokafka.errors import KafkaConnectionError
+from aiokafka.protocol.metadata import MetadataRequest
 
 from .brokers import BrokerError, Kafka
 from .brokers.base import Connectable
@@ -125,12 +126,26 @@ async def consumer(kafka: Connectable, *topics: str, **options: Any) -> AsyncIte
         await _stop(client)
 
 
+async def poll(
+    consumer: AIOKafkaConsumer, within: float, max_records: int | None = None
+) -> dict[TopicPartition, list[ConsumerRecord]]:
+    """`getmany`, back after `within` seconds at the latest.
+
+    aiokafka 0.14 forgets its own time limit while a rebalance is under way, hence for ever while the broker is gone.
+    """
+    try:
+        async with asyncio.timeout(within + 0.05):  # nothing is lost by it: records are only taken when it returns
+            return dict(await consumer.getmany(timeout_ms=int(within * 1000), max_records=max_records))
+    except TimeoutError:
+        return {}
+
+
 async def take(consumer: AIOKafkaConsumer, count: int, within: float = 5.0) -> list[ConsumerRecord]:
     """Up to `count` records, in the order in which they came; fewer when `within` seconds pass first."""
     records: list[ConsumerRecord] = []
     deadline = time.monotonic() + within
     while len(records) < count and (left := deadline - time.monotonic()) > 0:
-        batch = await consumer.getmany(timeout_ms=int(left * 1000) + 1, max_records=count - len(records))
+        batch = await poll(consumer, left, count - len(records))
         records += [record for several in batch.values() for record in several]
     return records
 
@@ -151,9 +166,15 @@ async def read(kafka: Kafka, *topics: str, within: float = 10.0, **options: Any)
         await reader.seek_to_beginning(*parts)
         async with asyncio.timeout(within):
             while any([await reader.position(part) < ends[part] for part in parts]):
-                for several in (await reader.getmany(timeout_ms=100)).values():
+                for several in (await poll(reader, 0.1)).values():
                     records += several
     return sorted(records, key=lambda record: (topics.index(record.topic), record.partition, record.offset))
+
+
+async def described(admin: AIOKafkaAdminClient, names: list[str]) -> list[dict[str, Any]]:
+    """What the brokers know of the topics. (`describe_topics` of aiokafka 0.14 makes missing ones where it may.)"""
+    answer = await admin._send_request(MetadataRequest(names, allow_auto_topic_creation=False))
+    return list(answer.to_object()["topics"])
 
 
 async def partitions_of(kafka: Kafka, name: str) -> list[TopicPartition]:
@@ -161,7 +182,7 @@ async def partitions_of(kafka: Kafka, name: str) -> list[TopicPartition]:
     async with _admin(kafka) as admin:
 
         async def found() -> list[int]:
-            [answer] = await admin.describe_topics([name])
+            [answer] = await described(admin, [name])
             return [] if answer["error_code"] else sorted(part["partition"] for part in answer["partitions"])
 
         try:

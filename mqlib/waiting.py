@@ -1,11 +1,12 @@
-"""Waiting for a fact, never for a length of time."""
+"""Waiting for a fact, never for a length of time; and work beside a block that ends with it."""
 
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import inspect
 import time
-from collections.abc import Callable
+from collections.abc import AsyncIterator, Callable, Coroutine
 from typing import Any
 
 GRACE_SECONDS = 1.0
@@ -34,3 +35,37 @@ async def until(fact: Callable[[], Any], within: float = 5.0, every: float = 0.0
         if time.monotonic() > deadline:
             raise TimeoutError(f"not within {within:g} s; the last value was {value!r}")
         await asyncio.sleep(every)
+
+
+@contextlib.asynccontextmanager
+async def beside(
+    work: Coroutine[Any, Any, Any], stop: Callable[[], object] | None = None
+) -> AsyncIterator[asyncio.Task[Any]]:
+    """Runs `work` as a task during the block; at its end `stop()` asks it to finish (without one it is cancelled).
+
+    The block ends when the task has ended. If the task fails first, the block is interrupted at once and the error is
+    the task's: what the block waits for may never come.
+    """
+    block = asyncio.current_task()
+    assert block is not None
+    task = asyncio.create_task(work)
+    interrupted = False
+
+    def interrupt(done: asyncio.Task[Any]) -> None:
+        nonlocal interrupted
+        if not done.cancelled() and done.exception() is not None:
+            interrupted = True
+            block.cancel()
+
+    task.add_done_callback(interrupt)
+    try:
+        yield task
+    except asyncio.CancelledError:
+        if not interrupted or block.uncancel() > 0:
+            raise
+    finally:
+        task.remove_done_callback(interrupt)
+        (stop or task.cancel)()
+        await asyncio.wait([task])
+    if not task.cancelled():
+        await task

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import dataclasses
 from collections.abc import Iterator
 from urllib.parse import urlsplit
@@ -178,3 +179,95 @@ async def test_a_shared_kafka_is_refused_and_told_what_to_do(kafka: mq.Kafka) ->
     with pytest.raises(mq.BrokerError, match=r"mq\.kafka\(private=True\)"):
         async with faults.proxy(shared):
             pytest.fail("there can be no proxy")
+
+
+async def test_a_lost_answer_leaves_a_message_that_nobody_was_told_of(rabbit: mq.RabbitMQ) -> None:
+    """The publisher has no confirm, the queue has the message: unknown is the right word, and a retry doubles it."""
+    async with mq.channel(rabbit) as direct:
+        queue = await direct.declare_queue(rabbit.name("lost-answer"))
+        async with faults.proxy(rabbit) as proxy:
+            async with mq.channel(proxy) as publishing:
+                with proxy.swallow("down"):
+                    outcome = await mq.pump_messages(
+                        publishing.default_exchange, queue.name, [b"once"], within=1, strict=False
+                    )
+                assert (outcome.acknowledged, list(outcome.failed), list(outcome.unknown)) == (0, [], [0])
+                assert proxy.swallowed > 0
+            async with mq.channel(proxy) as again:
+                await mq.pump_messages(again.default_exchange, queue.name, [b"once"])
+        assert [message.body for message in await mq.take_messages(queue, 5, within=0)] == [b"once"] * 2
+
+
+async def test_a_lost_request_leaves_nothing(rabbit: mq.RabbitMQ) -> None:
+    async with mq.channel(rabbit) as direct:
+        queue = await direct.declare_queue(rabbit.name("lost-request"))
+        async with faults.proxy(rabbit) as proxy, mq.channel(proxy) as publishing:
+            with proxy.swallow("up"):
+                outcome = await mq.pump_messages(
+                    publishing.default_exchange, queue.name, [b"never"], within=1, strict=False
+                )
+            assert list(outcome.unknown) == [0], "the publisher cannot tell it from a lost answer"
+        assert await mq.take_messages(queue, 1, within=0) == []
+
+
+async def test_an_idempotent_producer_stores_once_what_it_had_to_send_twice(own: mq.Kafka) -> None:
+    """Kafka's answer is lost, the producer tries again by itself, and the broker knows the batch (KIP-98)."""
+    topic = await mq.topic(own, "lost-answer")
+    options = {"enable_idempotence": True, "request_timeout_ms": 2000}
+    async with faults.proxy(own) as proxy, mq.producer(proxy, **options) as producer:
+        await producer.send_and_wait(topic, b"first")
+        with proxy.swallow("down"):
+            sending = await producer.send(topic, b"second")
+            await mq.until(lambda: proxy.swallowed)
+        await asyncio.wait_for(sending, 20)
+    assert [record.value for record in await mq.read(own, topic)] == [b"first", b"second"]
+
+
+async def test_a_black_hole_answers_nobody_and_ends_in_a_reset(rabbit: mq.RabbitMQ) -> None:
+    """Connections that lost nothing live on; those that did are reset when the block ends, also by an error."""
+    async with faults.proxy(rabbit) as proxy, mq.channel(proxy) as idle:
+        reader, writer = await asyncio.open_connection("127.0.0.1", port_of(proxy))
+
+        async def failing_block() -> None:
+            with proxy.swallow("up", "down"):
+                writer.write(b"AMQP\x00\x00\x09\x01")
+                await mq.until(lambda: proxy.swallowed == 8)
+                raise ZeroDivisionError
+
+        with pytest.raises(ZeroDivisionError):
+            await failing_block()
+        with pytest.raises(ConnectionResetError):
+            await reader.read(1)
+        writer.close()
+        await idle.declare_queue(rabbit.name("still-there"), exclusive=True)
+
+
+async def test_a_direction_that_is_none_is_refused(rabbit: mq.RabbitMQ) -> None:
+    async with faults.proxy(rabbit) as proxy:
+        for wrong in ((), ("left",), ("up", "sideways")):
+            with pytest.raises(ValueError, match="directions are 'up'"), proxy.swallow(*wrong):
+                pytest.fail("there is no such direction")
+
+
+async def test_a_paused_and_a_killed_node_are_back_after_the_block() -> None:
+    """Also after an error in it, and when the cell has restarted the node itself."""
+    with mq.kafka(private=True) as broker:
+        [node] = broker.nodes
+        topic = await mq.topic(broker, "kept")
+        async with mq.producer(broker) as producer:
+            await mq.pump(producer, topic, [b"before"])
+            with contextlib.suppress(ZeroDivisionError):
+                async with faults.paused(node):
+                    outcome = await mq.pump(producer, topic, [b"frozen"], within=1, strict=False)
+                    assert len(outcome.unknown) + len(outcome.failed) == 1
+                    raise ZeroDivisionError
+        assert len(await mq.read(broker, topic)) in (1, 2), "unknown was the right word"
+        for restarted in (False, True):
+            with contextlib.suppress(ZeroDivisionError):
+                async with faults.killed(node):
+                    assert not node.running
+                    if restarted:
+                        node.restart()
+                    raise ZeroDivisionError
+            assert node.running
+            assert (await mq.read(broker, topic))[0].value == b"before"

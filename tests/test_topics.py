@@ -15,6 +15,7 @@ from aiokafka.admin import AIOKafkaAdminClient
 from aiokafka.admin.config_resource import ConfigResource, ConfigResourceType
 
 import mqlib as mq
+from mqlib import topics
 from tests.conftest import ROOT
 
 
@@ -300,3 +301,18 @@ def test_leaving_a_client_of_a_dead_broker_ends_and_leaves_nothing(client: str) 
     )
     assert (done.returncode, done.stderr) == (0, ""), done.stdout + done.stderr
     assert done.stdout.splitlines()[-1] == "left; pending: []"
+
+
+async def test_poll_is_back_in_time_although_nobody_can_end_the_rebalance() -> None:
+    """aiokafka's own time limit does not hold while it waits for an assignment, as for ever from a dead broker."""
+    with mq.kafka(private=True) as broker:
+        topic = await mq.topic(broker, "waiting")
+        await fill(broker, topic, 3)
+        async with mq.consumer(broker, topic, group_id=broker.name("group"), enable_auto_commit=False) as consumer:
+            assert len(await mq.take(consumer, 3, within=20)) == 3
+            broker.nodes[0].kill()
+            consumer._coordinator.reset_generation()  # as a heartbeat's answer does: dropped, and to join again
+            await mq.until(lambda: consumer._subscription.reassignment_in_progress, within=20)
+            async with asyncio.timeout(10):
+                assert await topics.poll(consumer, 0.1) == {}
+                assert await mq.take(consumer, 1, within=0.2) == []

@@ -7,6 +7,7 @@ import asyncio
 import pytest
 
 import mqlib as mq
+from mqlib.waiting import beside
 
 
 async def test_it_returns_what_the_fact_returns() -> None:
@@ -77,3 +78,60 @@ async def test_cancelling_it_is_not_a_time_out() -> None:
     waiting.cancel()
     with pytest.raises(asyncio.CancelledError):
         await waiting
+
+
+async def test_work_beside_a_block_ends_with_it() -> None:
+    """Cancelled, or asked to finish, also when the block raises; and no task is left."""
+    before, stopped = asyncio.all_tasks(), asyncio.Event()
+    async with beside(asyncio.Event().wait()) as task:
+        assert not task.done()
+    assert task.cancelled()
+    async with beside(stopped.wait(), stopped.set) as task:
+        pass
+    assert task.result() is True
+    with pytest.raises(ZeroDivisionError):
+        async with beside(asyncio.Event().wait()):
+            raise ZeroDivisionError
+    assert asyncio.all_tasks() == before
+
+
+async def test_work_that_fails_interrupts_its_block_with_its_error() -> None:
+    """What the block waits for may never come, and the error says why; also when both fail."""
+
+    async def failing() -> None:
+        await asyncio.sleep(0)
+        raise LookupError("no such queue")
+
+    async with asyncio.timeout(5):
+        with pytest.raises(LookupError, match="no such queue"):
+            async with beside(failing()):
+                await asyncio.Event().wait()
+        with pytest.raises(LookupError, match="no such queue"):
+            async with beside(failing()) as task:
+                await asyncio.wait([task])
+    await asyncio.sleep(0)  # the interruption is over: this is not cancelled
+
+
+async def test_a_block_that_is_cancelled_from_outside_stays_cancelled() -> None:
+    ended = asyncio.Event()
+
+    async def work() -> None:
+        try:
+            await asyncio.Event().wait()
+        finally:
+            ended.set()
+
+    async def block() -> None:
+        async with beside(work()):
+            await asyncio.Event().wait()
+
+    running = asyncio.create_task(block())
+    await asyncio.sleep(0)
+    await asyncio.sleep(0)
+    running.cancel()
+    with pytest.raises(asyncio.CancelledError):
+        await running
+    assert ended.is_set()
+    with pytest.raises(TimeoutError):
+        async with asyncio.timeout(0.05), beside(asyncio.Event().wait()):
+            await asyncio.Event().wait()

@@ -1,0 +1,296 @@
+"""Many messages at once, as fast as the client can, with the outcome of each: acknowledged, failed, or unknown."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass, field
+from itertools import cycle
+from typing import Any, NamedTuple
+
+import aio_pika
+from aio_pika.abc import AbstractChannel, AbstractExchange, AbstractMessage
+from aio_pika.exceptions import AMQPError, DeliveryError
+from aiokafka import AIOKafkaProducer, errors
+from aiokafka.partitioner import DefaultPartitioner
+from aiokafka.producer.message_accumulator import BatchBuilder
+from aiokafka.protocol.admin import DescribeConfigsRequest
+from aiormq.abc import DeliveredMessage
+from aiormq.exceptions import PublishError
+
+from .brokers import BrokerError
+from .ledger import Journal, Ledger
+from .queues import blocked
+
+OVERHEAD = 100
+"""Bytes that a record may need in a batch beyond its key and value, and the batch itself: 61 + at most 37."""
+REFUSED = (
+    errors.MessageSizeTooLargeError, errors.TopicAuthorizationFailedError, errors.InvalidTopicError,
+    errors.UnknownTopicOrPartitionError, errors.InvalidRequiredAcksError, errors.NotEnoughReplicasError,
+    errors.CorruptRecordException, errors.PolicyViolationError, errors.UnsupportedForMessageFormatError,
+    errors.InvalidTimestampError, errors.ProducerFenced,
+)  # fmt: skip
+"""Kafka's answers that mean: not stored. After any other error it may be."""
+CLOSING_SECONDS = 1.0
+
+
+@dataclass
+class Outcome:
+    """What became of the messages, by their place in the input, from 0 on."""
+
+    acknowledged: int = 0
+    """How many the broker has said that it has."""
+    failed: dict[int, BaseException] = field(default_factory=dict)
+    """Known not to be stored: refused, or never handed over."""
+    unknown: dict[int, BaseException] = field(default_factory=dict)
+    """Handed over, and no answer. They may be stored now, or later: sending them again may duplicate them."""
+
+    def __str__(self) -> str:
+        return f"acknowledged {self.acknowledged}, failed {len(self.failed)}, unknown {len(self.unknown)}"
+
+
+class Undelivered(BrokerError):
+    """Not everything was acknowledged; `outcome` has each message's state."""
+
+    def __init__(self, outcome: Outcome) -> None:
+        parts = []
+        for word, which in (("failed", outcome.failed), ("outcome unknown, they may be stored", outcome.unknown)):
+            if which:
+                place, error = next(iter(which.items()))
+                parts.append(f"{len(which)} {word}: number {place}: {type(error).__name__}: {error}")
+        super().__init__(f"acknowledged {outcome.acknowledged}; " + "; ".join(parts))
+        self.outcome = outcome
+
+
+class _Books:
+    """The outcome, and the ledger besides if there is one."""
+
+    def __init__(self, ledger: Ledger | Journal | None) -> None:
+        self.outcome, self._ledger = Outcome(), ledger
+
+    def sent(self, places: Iterable[int]) -> None:
+        if self._ledger is not None:
+            for place in places:
+                self._ledger.sent(place)
+
+    def acknowledged(self, places: Sequence[int]) -> None:
+        self.outcome.acknowledged += len(places)
+        if self._ledger is not None:
+            for place in places:
+                self._ledger.acknowledged(place)
+
+    def failed(self, places: Iterable[int], error: BaseException) -> None:
+        for place in places:
+            self.outcome.failed[place] = error
+            if self._ledger is not None:
+                self._ledger.failed(place)
+
+    def unknown(self, places: Iterable[int], error: BaseException) -> None:
+        self.outcome.unknown.update(dict.fromkeys(places, error))
+
+    def close(self, strict: bool) -> Outcome:
+        if strict and (self.outcome.failed or self.outcome.unknown):
+            raise Undelivered(self.outcome)
+        return self.outcome
+
+
+class _Batch(NamedTuple):
+    """Records for one partition, on their way."""
+
+    places: Sequence[int]
+    size: int
+    answer: asyncio.Future[Any]
+
+
+class _Pump:
+    """Puts records into batches, and hands full ones to the producer."""
+
+    def __init__(self, producer: AIOKafkaProducer, topic: str, books: _Books, limit: int) -> None:
+        self._producer, self._topic, self._books, self._limit = producer, topic, books, limit
+        # Where the producer's own size is the smaller one, a record that is too large for it is alone in its batch.
+        self._bounded = limit < producer._message_accumulator._batch_size
+        self.batches: list[_Batch] = []
+
+    async def _ship(self, builder: BatchBuilder, places: Sequence[int], partition: int) -> None:
+        size = builder.size()
+        try:
+            answer = await self._producer.send_batch(builder, self._topic, partition=partition)
+        except errors.KafkaError as error:
+            self._books.failed(places, error)  # it was not handed over
+        else:
+            self.batches.append(_Batch(places, size, answer))
+            self._books.sent(places)
+
+    def _full(self, builder: BatchBuilder, *parts: bytes) -> bool:
+        return bool(self._bounded and builder.size() + sum(map(len, parts)) + OVERHEAD > self._limit)
+
+    async def keyless(self, left: Iterator[tuple[int, bytes]], partitions: list[int]) -> None:
+        """Each batch to the next of the partitions. The loop is tight: see the benchmark `kafka_send`."""
+        bounded, first, place = self._bounded, 0, -1
+        turns = cycle(partitions)
+        builder = self._producer.create_batch()
+        try:
+            for place, value in left:
+                if (bounded and place > first and self._full(builder, value)) or builder.append(
+                    timestamp=None, key=None, value=value
+                ) is None:
+                    await self._ship(builder, range(first, place), next(turns))
+                    first, builder = place, self._producer.create_batch()
+                    builder.append(timestamp=None, key=None, value=value)
+            if place >= first:
+                await self._ship(builder, range(first, place + 1), next(turns))
+        except asyncio.CancelledError as error:
+            self._books.failed(range(first, place + 1), error)
+            raise
+
+    async def keyed(
+        self, left: Iterator[tuple[int, tuple[bytes, bytes | None]]], partitions: list[int], fixed: bool
+    ) -> None:
+        """Each record to its key's partition, or to the only one that is given."""
+        choose, place = DefaultPartitioner(), -1
+        filling: dict[int, tuple[BatchBuilder, list[int]]] = {}
+        try:
+            for place, (value, key) in left:
+                number = partitions[0] if fixed else choose(key, partitions, partitions)
+                builder, places = filling.get(number) or (self._producer.create_batch(), [])
+                if (places and self._full(builder, value, key or b"")) or builder.append(
+                    timestamp=None, key=key, value=value
+                ) is None:
+                    await self._ship(builder, places, number)
+                    builder, places = self._producer.create_batch(), []
+                    builder.append(timestamp=None, key=key, value=value)
+                places.append(place)
+                filling[number] = builder, places
+            place = -1
+            for number in list(filling):
+                await self._ship(*filling[number], number)
+                del filling[number]
+        except asyncio.CancelledError as error:
+            unsent = {other for _, places in filling.values() for other in places} | ({place} - {-1})
+            self._books.failed(sorted(unsent), error)
+            raise
+
+    def settle(self, late: BaseException) -> None:
+        """Writes down what became of the batches; those without an answer are unknown, and `late` is the reason."""
+        for places, size, answer in self.batches:
+            if not answer.done():
+                self._books.unknown(places, late)
+            elif (error := asyncio.CancelledError() if answer.cancelled() else answer.exception()) is None:
+                self._books.acknowledged(places)
+            elif isinstance(error, errors.MessageSizeTooLargeError):
+                self._books.failed(places, errors.MessageSizeTooLargeError(
+                    f"{size} bytes with the batch's own 61, before compression; the topic's max.message.bytes is "
+                    f"{self._limit}"
+                ))  # fmt: skip
+            else:
+                (self._books.failed if isinstance(error, REFUSED) else self._books.unknown)(places, error)
+
+
+async def pump(
+    producer: AIOKafkaProducer, topic: str, values: Iterable[bytes], keys: Iterable[bytes | None] | None = None,
+    partition: int | None = None, within: float = 30.0, ledger: Ledger | Journal | None = None, strict: bool = True,
+) -> Outcome:  # fmt: skip
+    """Sends `values` in batches of the producer's `max_batch_size`, in order within each partition.
+
+    The partition is the one given, or the key's; without keys each batch goes to the next one. A batch is never larger
+    than the topic's `max.message.bytes`: only a record that is alone too large fails, and the error says its size and
+    the limit. After `within` seconds what has no answer is unknown, also with an idempotent producer, and what was not
+    handed over has failed. With a ledger a message's number is its place in the input.
+
+    Raises `Undelivered` unless all is acknowledged; with `strict=False` it returns the outcome instead. Raises
+    `ValueError` for a partition that the topic has not, or for more keys than values or fewer.
+    """
+    books, late = _Books(ledger), TimeoutError(f"no answer within {within:g} s")
+    left: Iterator[tuple[int, Any]] = enumerate(values if keys is None else zip(values, keys, strict=True))
+    work: _Pump | None = None
+    try:
+        async with asyncio.timeout(within):
+            partitions = sorted(await producer.partitions_for(topic))
+            if partition is not None and partition not in partitions:
+                raise ValueError(f"the topic {topic!r} has the partitions {partitions}, and not {partition}")
+            work = _Pump(producer, topic, books, await _max_message_bytes(producer, topic))
+            chosen = partitions if partition is None else [partition]
+            if keys is None:
+                await work.keyless(left, chosen)
+            else:
+                await work.keyed(left, chosen, fixed=partition is not None)
+            if work.batches:
+                await asyncio.wait([batch.answer for batch in work.batches])
+    except TimeoutError:
+        books.failed((place for place, _ in left), TimeoutError(f"not handed over within {within:g} s"))
+    if work:
+        work.settle(late)
+    return books.close(strict)
+
+
+async def _max_message_bytes(producer: AIOKafkaProducer, topic: str) -> int:
+    """The topic's limit for a batch. Where it may not be asked for, Kafka's default."""
+    client = producer.client
+    request = DescribeConfigsRequest([(2, topic, ["max.message.bytes"])], False)
+    answer = await client.send(client.get_random_node(), request)
+    [(_, _, _, _, entries)] = answer.resources
+    return int(entries[0][1]) if entries else 1_048_588
+
+
+async def pump_messages(
+    exchange: AbstractExchange, routing_key: str, bodies: Iterable[bytes | AbstractMessage],
+    window: int = 256, within: float = 30.0, ledger: Ledger | Journal | None = None, strict: bool = True,
+) -> Outcome:  # fmt: skip
+    """Publishes with confirms, up to `window` of them under way; plain bytes become persistent messages.
+
+    A message that no queue takes has failed, and so has one that the broker refuses (a full queue with
+    `reject-publish`). One without an answer within `within` seconds in all is unknown: a broker that is blocked by an
+    alarm takes it later. With a ledger a message's number is its place in the input.
+
+    Raises `Undelivered` unless all is acknowledged; with `strict=False` it returns the outcome instead. Raises
+    `ValueError` for a channel without confirms.
+    """
+    books, left, under_way = _Books(ledger), enumerate(bodies), set[int]()
+    outer: AbstractChannel = exchange.channel  # type: ignore[attr-defined]
+    channel: Any = await outer.get_underlay_channel()
+    if not channel.publisher_confirms:
+        raise ValueError("the channel has no publisher confirms, so nobody can know what was stored")
+
+    async def publish() -> None:
+        for place, body in left:
+            message = body if not isinstance(body, bytes) else aio_pika.Message(body, delivery_mode=2)
+            if channel.is_closed:
+                books.failed([place], ConnectionError("the channel is closed"))
+                continue
+            under_way.add(place)
+            books.sent([place])
+            try:
+                answer = await exchange.publish(message, routing_key)
+            except PublishError as error:
+                books.failed([place], error)
+            except DeliveryError as error:
+                books.failed([place], BrokerError(f"the broker refuses it ({error.frame})"))
+            except (AMQPError, OSError, RuntimeError) as error:
+                books.unknown([place], error)
+            else:
+                if isinstance(answer, DeliveredMessage):
+                    books.failed([place], BrokerError(f"no queue takes the routing key {routing_key!r}"))
+                else:
+                    books.acknowledged([place])
+            under_way.discard(place)
+
+    tasks = [asyncio.create_task(publish()) for _ in range(window)]
+    try:
+        _, pending = await asyncio.wait(tasks, timeout=within)
+        if pending:
+            reason = await blocked(outer)
+            unanswered = list(under_way)
+            late = TimeoutError(
+                f"no confirm within {within:g} s" + (f": blocked by broker ({reason})" if reason else "")
+            )
+            books.unknown(unanswered, late)
+    finally:
+        for task in tasks:
+            task.cancel()
+        await asyncio.wait(tasks, timeout=CLOSING_SECONDS)
+    books.failed((place for place, _ in left), TimeoutError(f"not handed over within {within:g} s"))
+    for task in tasks:
+        with contextlib.suppress(asyncio.CancelledError):
+            task.result()
+    return books.close(strict)

@@ -1,0 +1,1 @@
+"""Hardened implementations of the patterns, one module each, to import in a service."""

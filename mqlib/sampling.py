@@ -1,0 +1,53 @@
+"""Sampling in the background, for as long as a block lasts."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import time
+from collections.abc import AsyncIterator, Iterable
+from typing import Any, Protocol
+
+from .brokers import BrokerError
+from .waiting import beside
+
+
+class Monitor(Protocol):
+    """What can be sampled."""
+
+    missed: int
+
+    async def sample(self) -> Any:
+        """Takes and keeps one sample. Raises `BrokerError` when the broker does not answer."""
+
+
+def curve(points: Iterable[tuple[float, float | None]]) -> tuple[list[float], list[float]]:
+    """Points of a figure: seconds since the first, and values, NaN for None."""
+    known = list(points)
+    return [at - known[0][0] for at, _ in known], [float("nan") if value is None else value for _, value in known]
+
+
+@contextlib.asynccontextmanager
+async def sampling(monitor: Monitor, every: float) -> AsyncIterator[None]:
+    """Takes a sample at once, every `every` seconds, and at the end of the block.
+
+    A moment without an answer counts as `missed`. Raises `BrokerError` when there is no answer to the first.
+    """
+    await monitor.sample()
+
+    async def once() -> None:
+        try:
+            await monitor.sample()
+        except BrokerError:
+            monitor.missed += 1
+
+    async def keep_on() -> None:
+        due = time.monotonic()
+        while True:
+            due = max(due + every, time.monotonic())
+            await asyncio.sleep(due - time.monotonic())
+            await once()
+
+    async with beside(keep_on()):
+        yield
+    await once()
