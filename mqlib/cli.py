@@ -39,6 +39,10 @@ def parser() -> argparse.ArgumentParser:
     test = commands.add_parser("test", help="run the tests on real brokers; what follows goes to pytest")
     test.add_argument("rest", nargs=argparse.REMAINDER, help="arguments for pytest")
 
+    catalog = commands.add_parser("catalog", help="which techniques are executed and checked, and which are planned")
+    catalog.add_argument("--check", action="store_true", help="exit code 1 when a notebook lacks one of its techniques")
+    catalog.add_argument("--write", action="store_true", help="write notebooks/README.md (for maintainers)")
+
     doctor = commands.add_parser("doctor", help="what is on this machine, and what is missing")
     doctor.add_argument("--json", action="store_true", help="the same for programs")
 
@@ -156,6 +160,18 @@ def new(name: str) -> int:
     return 0
 
 
+def catalog(check: bool, write: bool) -> int:
+    """What is executed and checked; with `check` the exit code says whether every notebook that is there is complete."""
+    from .catalog import page, summary, techniques
+
+    rows = techniques(NOTEBOOKS)
+    text, complete = summary(rows)
+    print(text)
+    if write:
+        (NOTEBOOKS / "README.md").write_text(page(rows), encoding="utf-8")
+    return 0 if complete or not check else 1
+
+
 def doctor(as_json: bool) -> int:
     """What is here; the exit code says whether notebooks can run."""
     from .doctor import examine
@@ -185,6 +201,8 @@ def main(arguments: list[str]) -> int:
             return run(options.names, options.html, options.save)
         case "test":
             return test(options.rest)
+        case "catalog":
+            return catalog(options.check, options.write)
         case "doctor":
             return doctor(options.json)
         case "brokers":

@@ -186,12 +186,19 @@ def _technique_problems(path: Path, notebook: Any, catalogue: list[dict[str, str
 
 
 def has_check(source: str) -> bool:
-    """Whether a cell has a `check` that can fail: one whose claim is not a constant."""
+    """Whether a cell has a `check` that can fail."""
+    return bool(checks_of(source))
+
+
+def checks_of(source: str) -> list[ast.Call]:
+    """The calls of `check` in a cell that can fail, in order: those whose claim is not a constant."""
     tree = compile(source, "cell", "exec", ast.PyCF_ONLY_AST | ast.PyCF_ALLOW_TOP_LEVEL_AWAIT)
-    return any(
-        isinstance(node, ast.Call)
+    found = [
+        node
+        for node in ast.walk(tree)
+        if isinstance(node, ast.Call)
         and (getattr(node.func, "id", "") == "check" or getattr(node.func, "attr", "") == "check")
         and len(node.args) >= 2
         and any(isinstance(inner, ast.Name) for inner in ast.walk(node.args[1]))
-        for node in ast.walk(tree)
-    )
+    ]
+    return sorted(found, key=lambda call: call.lineno)

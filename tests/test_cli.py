@@ -16,7 +16,7 @@ from mqlib import cli
 from mqlib.brokers import BrokerError
 from tests.conftest import NOTEBOOKS, ROOT
 
-COMMANDS = ("lab", "run", "test", "doctor", "brokers", "new")
+COMMANDS = ("lab", "run", "test", "catalog", "doctor", "brokers", "new")
 
 
 def mqlib(*arguments: str, **environment: str) -> subprocess.CompletedProcess[str]:
@@ -36,6 +36,7 @@ def mqlib(*arguments: str, **environment: str) -> subprocess.CompletedProcess[st
         (["run", "04", "--html", "x", "--save"], {"command": "run", "names": ["04"], "html": Path("x"), "save": True}),
         (["test"], {"command": "test", "rest": []}),
         (["test", "tests", "-k", "x"], {"command": "test", "rest": ["tests", "-k", "x"]}),
+        (["catalog", "--check"], {"command": "catalog", "check": True, "write": False}),
         (["doctor", "--json"], {"command": "doctor", "json": True}),
         (["brokers", "up"], {"command": "brokers", "action": "up"}),
         (["new", "27-claim-check"], {"command": "new", "name": "27-claim-check"}),
@@ -120,6 +121,22 @@ def test_new_on_the_command_line_is_one_line_and_no_traceback() -> None:
     assert (done.returncode, done.stdout) == (1, "")
     assert len(done.stderr.splitlines()) == 1
     assert done.stderr.startswith("mqlib: 'Claim Check' is not of the form NN-kebab-name")
+
+
+def test_the_catalog_says_what_is_missing_by_its_exit_code_and_writes_the_page(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for name in ("catalogue.tsv", "04-work-queue.ipynb"):
+        (tmp_path / name).write_bytes((NOTEBOOKS / name).read_bytes())
+    monkeypatch.setattr(cli, "NOTEBOOKS", tmp_path)
+    assert cli.main(["catalog", "--check", "--write"]) == 0
+    assert capsys.readouterr().out.endswith("15 of 341 techniques are executed and checked.\n")
+    assert "[04-work-queue](04-work-queue.ipynb)" in (tmp_path / "README.md").read_text()
+    broken = (tmp_path / "04-work-queue.ipynb").read_text().replace("technique:T047", "technique:T999")
+    (tmp_path / "04-work-queue.ipynb").write_text(broken)
+    assert cli.main(["catalog"]) == 0
+    assert cli.main(["catalog", "--check"]) == 1
+    assert "T047" in capsys.readouterr().out
 
 
 def test_the_doctor_tells_programs(kafka: mq.Kafka, rabbit: mq.RabbitMQ) -> None:
