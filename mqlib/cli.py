@@ -161,7 +161,7 @@ def new(name: str) -> int:
 
 
 def catalog(check: bool, write: bool) -> int:
-    """What is executed and checked; with `check` the exit code says whether every notebook that is there is complete."""
+    """What is executed and checked; with `check` the exit code says whether every notebook here is complete."""
     from .catalog import page, summary, techniques
 
     rows = techniques(NOTEBOOKS)

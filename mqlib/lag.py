@@ -9,9 +9,8 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import time
-from bisect import bisect_right
 from collections import defaultdict, deque
-from collections.abc import AsyncIterator, Callable, Sequence
+from collections.abc import AsyncIterator, Callable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal, Self
 
@@ -22,7 +21,7 @@ from aiokafka.protocol.commit import OffsetFetchRequest
 from aiokafka.protocol.offset import OffsetRequest
 
 from .brokers import BrokerError, Kafka
-from .sampling import curve, sampling
+from .sampling import age, curve, sampling
 from .topics import consumer, described
 
 if TYPE_CHECKING:
@@ -178,37 +177,35 @@ class LagMonitor:
         ):
             high = await self._offsets(topics, LATEST, "read_uncommitted")  # a commit beyond the last stable offset
         return GroupLag(now, tuple(
-            self._judge(part, committed.get(part), starts.get(part), ends.get(part), high.get(part), now)
+            self._judge(part, committed.get(part), [starts.get(part), ends.get(part), high.get(part)], now)
             for part in sorted({*ends, *committed})
         ))  # fmt: skip
 
     def _judge(
-        self, part: TopicPartition, at: int | None, start: tuple[int, int] | None, end: tuple[int, int] | None,
-        high: tuple[int, int] | None, now: float,
-    ) -> PartitionLag:  # fmt: skip
-        if start is None or end is None or high is None:
+        self, part: TopicPartition, at: int | None, log: list[tuple[int, int] | None], now: float
+    ) -> PartitionLag:
+        """One partition, from its commit, and from error code and offset of its start, its end, its high watermark."""
+        found = [each for each in log if each is not None]
+        if len(found) < len(log) or any(code for code, _ in found):
+            note = "no leader" if len(found) == len(log) else "no such partition"
             self._ends.pop(part, None)
-            return PartitionLag(part.topic, part.partition, at, None, None, None, None, "no such partition")
-        if start[0] or end[0] or high[0]:
-            return PartitionLag(part.topic, part.partition, at, None, None, None, None, "no leader")
+            return PartitionLag(part.topic, part.partition, at, None, None, None, None, note)
+        start, end, high = (offset for _, offset in found)
         history = self._ends[part]
-        if history and end[1] < history[-1][1]:
+        if history and end < history[-1][1]:
             history.clear()  # another topic of the same name
-        if len(history) > 1 and history[-1][1] == history[-2][1] == end[1]:
+        if len(history) > 1 and history[-1][1] == history[-2][1] == end:
             history.pop()
-        history.append((now, end[1]))
-        lag, note = judge(at, start[1], end[1], high[1], self._reset)
-        seconds = None if lag is None else 0.0 if lag == 0 else age(history, end[1] - lag, now)
-        return PartitionLag(part.topic, part.partition, at, start[1], end[1], lag, seconds, note)
-
-    async def _send(self, node: int | None, request: Any) -> Any:
-        return await self._admin._send_request(request, node)  # aiokafka 0.14 has no public ListOffsets
+        history.append((now, end))
+        lag, note = judge(at, start, end, high, self._reset)
+        seconds = None if lag is None else 0.0 if lag == 0 else age(history, end - lag, now)
+        return PartitionLag(part.topic, part.partition, at, start, end, lag, seconds, note)
 
     async def _committed(self) -> dict[TopicPartition, int]:
         while True:
             if self._coordinator is None:
                 self._coordinator = await self._admin.find_coordinator(self.group)
-            answer = await self._send(self._coordinator, OffsetFetchRequest(self.group, None))
+            answer = await self._admin._send_request(OffsetFetchRequest(self.group, None), self._coordinator)
             codes = {answer.error_code, *(code for _, parts in answer.topics for *_, code in parts)} - {0}
             if not codes:
                 return {TopicPartition(topic, part): offset for topic, parts in answer.topics
@@ -241,7 +238,8 @@ class LagMonitor:
                 else:
                     asked[leader][topic].append((part, which))
         requests = {leader: OffsetRequest(-1, level, list(parts.items())) for leader, parts in asked.items()}
-        for answer in await asyncio.gather(*(self._send(leader, request) for leader, request in requests.items())):
+        send = self._admin._send_request  # aiokafka 0.14 has no public ListOffsets
+        for answer in await asyncio.gather(*(send(request, leader) for leader, request in requests.items())):
             for topic, parts in answer.topics:
                 for part, code, _, offset in parts:
                     found[TopicPartition(topic, part)] = (code, offset)
@@ -280,15 +278,6 @@ class LagMonitor:
         rows = ((each.time - first, *vars(part).values()) for each in self.samples for part in each.partitions)
         types = dict.fromkeys(("committed", "start", "end", "lag"), "Int64")
         return pandas.DataFrame(rows, columns=columns).astype(types)
-
-
-def age(history: Sequence[tuple[float, int]], offset: int, now: float) -> float | None:
-    """Seconds since `offset` was written, between the samples (time, end offset) around it; None if before them."""
-    later = bisect_right(history, offset, key=lambda sample: sample[1])
-    if not 0 < later < len(history):
-        return None
-    (before, low), (after, high) = history[later - 1], history[later]
-    return now - (before + (after - before) * (offset - low) / (high - low))
 
 
 async def group_lag(kafka: Kafka, group: str, *topics: str, **options: Any) -> GroupLag:

@@ -5,7 +5,8 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import time
-from collections.abc import AsyncIterator, Iterable
+from bisect import bisect_right
+from collections.abc import AsyncIterator, Iterable, Sequence
 from typing import Any, Protocol
 
 from .brokers import BrokerError
@@ -25,6 +26,15 @@ def curve(points: Iterable[tuple[float, float | None]]) -> tuple[list[float], li
     """Points of a figure: seconds since the first, and values, NaN for None."""
     known = list(points)
     return [at - known[0][0] for at, _ in known], [float("nan") if value is None else value for _, value in known]
+
+
+def age(history: Sequence[tuple[float, int]], offset: int, now: float) -> float | None:
+    """Seconds since `offset` was written, between the samples (time, end offset) around it; None if before them."""
+    later = bisect_right(history, offset, key=lambda sample: sample[1])
+    if not 0 < later < len(history):
+        return None
+    (before, low), (after, high) = history[later - 1], history[later]
+    return now - (before + (after - before) * (offset - low) / (high - low))
 
 
 @contextlib.asynccontextmanager

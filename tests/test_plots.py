@@ -7,50 +7,41 @@ import itertools
 import struct
 import subprocess
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 from matplotlib.colors import to_rgb
+from matplotlib.text import Text
+from matplotlib.transforms import Bbox
 from PIL import Image
 
-from mqlib import plots
+from mqlib import plots, style
 from mqlib.plots import Picture, Span
 from tests.conftest import ROOT
+from tests.gallery import SAMPLES, page
 from tests.kernel import run_cells
 
 TITLE = "prefetch 1: nobody waits behind the slow worker"
-TOPOLOGY = {"app": ("app", 0, 0), "exchange": ("exchange", 1, 0), "queue": ("queue", 2, 0), "topic": ("topic", 2, 1)}
-FIGURES: dict[str, Callable[[], Picture]] = {
-    "bars": lambda: plots.bars({"one": 1200.5, "two": 3.0, "three": 40}, TITLE, "records per second"),
-    "bars, log": lambda: plots.bars({"a": 1, "b": 9e5}, TITLE, "milliseconds", ["naive", "fixed"], True, 1),
-    "grouped": lambda: plots.grouped(
-        {"naive": {"1 kB": 10, "10 kB": 20}, "fixed": {"1 kB": 30, "10 kB": 90}}, TITLE, "records per second", "size"
-    ),
-    "lines": lambda: plots.lines(
-        {"naive": (range(5), [5, 3, 4, 1, 0]), "fixed": (range(5), [1, 1, 2, 3, 5])}, TITLE, "seconds", "records"
-    ),
-    "lines, log": lambda: plots.lines({"lag": (range(1, 90), range(1, 90))}, TITLE, "seconds", "records", True, True),
-    "lines, steps": lambda: plots.lines({"lag": ([0, 1], [0, 1])}, TITLE, "seconds", "records", steps=True),
-    "pair": lambda: plots.pair(("makespan, s", [1, 5], [2.0, 1.0]), ("rate, kB", [1, 5], [9, 8]), TITLE, "prefetch"),
-    "boxes": lambda: plots.boxes({"naive": list(range(100)), "fixed": [1.0, 2.0, 2.0]}, TITLE, "milliseconds"),
-    "boxes, log": lambda: plots.boxes({"a": list(range(1, 100))}, TITLE, "milliseconds", log=True),
-    "gantt": lambda: plots.gantt(
-        {"greedy": [Span("slow", 0, 3), Span("fast", 0, 0.001, "redelivered")], "fair": [Span("fast", 1, 2)]}, TITLE
-    ),
-    "matrix": lambda: plots.matrix(
-        {"acks=0": {"kill": "lost", "cut": "kept"}, "acks=all": {"kill": "kept", "cut": "kept"}}, TITLE
-    ),
-    "topology": lambda: plots.topology(TOPOLOGY, [("app", "exchange", "publish"), ("exchange", "queue", "")], TITLE),
-}  # fmt: skip
 UNITS = {
-    "bars": ["records per second"], "bars, log": ["milliseconds"], "grouped": ["records per second", "size"],
-    "lines": ["seconds", "records"], "lines, log": ["seconds", "records"], "lines, steps": ["seconds", "records"],
-    "pair": ["makespan, s", "rate, kB", "prefetch"], "boxes": ["milliseconds"], "boxes, log": ["milliseconds"],
+    "bars": ["records per second"],
+    "bars, by meaning, log": ["milliseconds"],
+    "bars, many": ["tasks"],
+    "grouped": ["bytes on the wire", "size of a record"],
+    "shares": ["records"],
+    "lines": ["seconds", "records"],
+    "pair": ["throughput, messages/s", "p99, ms", "prefetch"],
+    "areas": ["seconds", "messages"],
+    "boxes": ["milliseconds"],
+    "ecdf": ["seconds", "messages at or below, %"],
+    "histogram": ["milliseconds", "messages"],
+    "scatter": ["asked, seconds", "measured, seconds"],
     "gantt": ["seconds since the start"],
-}  # fmt: skip
-every_figure = pytest.mark.parametrize("name", FIGURES)
+    "states": ["seconds since the start"],
+    "heatmap": ["member", "partition", "records"],
+}
+every_figure = pytest.mark.parametrize("name", SAMPLES)
 
 
 def grey(colour: Any) -> float:
@@ -73,16 +64,16 @@ def png_chunks(png: bytes) -> Iterator[str]:
 
 
 def test_every_public_function_is_among_the_figures() -> None:
-    drawn = {name.partition(",")[0] for name in FIGURES}
+    drawn = {name.partition(",")[0] for name in SAMPLES}
     assert drawn | {"Picture", "Span", "use_style"} == set(plots.__all__)
 
 
 @every_figure
 def test_a_figure_is_a_small_picture_with_its_finding(name: str) -> None:
     """At most 100 kB at 100 dpi, with ink on it."""
-    figure = FIGURES[name]()
+    figure = SAMPLES[name]()
     assert isinstance(figure, Picture)
-    assert figure.get_suptitle() == TITLE
+    assert len(figure.get_suptitle()) > 10
     png = figure._repr_png_()
     assert len(png) <= 100_000
     image = Image.open(io.BytesIO(png)).convert("L")
@@ -95,7 +86,7 @@ def test_a_figure_is_a_small_picture_with_its_finding(name: str) -> None:
 def test_axes_have_units(name: str) -> None:
     texts = [
         text
-        for axes in FIGURES[name]().axes
+        for axes in SAMPLES[name]().axes
         for text in (axes.get_xlabel(), axes.get_ylabel(), axes.get_title("left"), axes.get_title("center"))
         if text
     ]
@@ -106,7 +97,7 @@ def test_axes_have_units(name: str) -> None:
 @every_figure
 def test_nothing_is_drawn_outside_the_picture(name: str) -> None:
     """A long name or title that is cut off at the edge cannot be read."""
-    figure = FIGURES[name]()
+    figure = SAMPLES[name]()
     figure._repr_png_()
     box = figure.get_tightbbox()
     assert box.x0 >= -0.01
@@ -116,26 +107,67 @@ def test_nothing_is_drawn_outside_the_picture(name: str) -> None:
 
 
 @every_figure
+def test_no_text_covers_another(name: str) -> None:
+    """What is written over a bar or a line has a ground of its own; but two texts in one place are none."""
+    figure = SAMPLES[name]()
+    figure._repr_png_()
+    axes_of: list[Any] = [axis for axes in figure.axes for axis in (axes.xaxis, axes.yaxis)]
+    drawn = {tick.label1 for axis in axes_of for tick in axis._update_ticks()}
+    hidden = {tick.label1 for axis in axes_of for tick in axis.get_major_ticks() + axis.get_minor_ticks()} - drawn
+    texts = [each for each in figure.findobj(Text) if each.get_visible() and each.get_text().strip()]
+    texts = [each for each in texts if each not in hidden]
+    boxes = [(text.get_text(), text.get_window_extent()) for text in texts]
+    shown = [(text, box) for text, box in boxes if box.width > 1 and figure.bbox.overlaps(box)]
+    covered = [
+        (one, two)
+        for (one, first), (two, second) in itertools.combinations(shown, 2)
+        if (both := Bbox.intersection(first, second)) is not None and both.width > 2 and both.height > 2
+    ]
+    assert covered == []
+
+
+def test_the_page_shows_each_figure_twice() -> None:
+    written = page()
+    assert written.count("<img ") == 2 * len(SAMPLES)
+    assert all(f"<h2>plots.{name}</h2><p>" in written for name in SAMPLES)
+    assert "<p></p>" not in written, "every function says in its first line what it draws"
+
+
+@pytest.mark.parametrize("name", sorted(set(plots.__all__) - {"Picture", "Span", "use_style"}))
+def test_nothing_to_draw_is_an_error_that_says_so(name: str) -> None:
+    arguments: dict[str, tuple[Any, ...]] = {
+        "pair": (("a, s", [], []), ("b, s", [], []), TITLE, "x"),
+        "states": ({}, 1.0, TITLE),
+        "topology": ({}, [], TITLE),
+        "gantt": ({}, TITLE),
+        "matrix": ({}, TITLE),
+    }
+    axes = {"lines": ("x", "y"), "areas": ("x", "y"), "scatter": ("x", "y"), "heatmap": ("x", "y")}.get(name, ("unit",))
+    with pytest.raises(ValueError, match=f"{TITLE}.*(nothing to draw|empty)"):
+        getattr(plots, name)(*arguments.get(name, ({}, TITLE, *axes)))
+
+
+@every_figure
 def test_the_same_figure_is_the_same_file(name: str) -> None:
     """Drawn twice, no byte differs, so that a second run changes no notebook."""
-    png = FIGURES[name]()._repr_png_()
-    assert FIGURES[name]()._repr_png_() == png
+    png = SAMPLES[name]()._repr_png_()
+    assert SAMPLES[name]()._repr_png_() == png
     assert set(png_chunks(png)) <= {"IHDR", "pHYs", "IDAT", "IEND"}, "no software, no time, no text"
 
 
 def test_series_colours_are_six_and_differ() -> None:
-    assert len(set(plots.SERIES)) == len(plots.SERIES) == len(plots.HATCHES) == len(plots.MARKERS) == len(plots.DASHES)
-    assert len(set(plots.HATCHES)) == len(set(plots.MARKERS)) == len(set(map(str, plots.DASHES))) == 6
+    assert len(set(style.SERIES)) == len(style.SERIES) == len(style.HATCHES) == len(style.MARKERS) == len(style.DASHES)
+    assert len(set(style.HATCHES)) == len(set(style.MARKERS)) == len(set(map(str, style.DASHES))) == 6
 
 
 def test_a_meaning_has_one_colour_and_no_other_has_it() -> None:
     """But for the two words for what does not work and what does."""
     twins = [{"failed", "naive"}, {"produced", "fixed"}]
-    for one, two in itertools.combinations(plots.MEANING, 2):
-        assert (plots.MEANING[one] == plots.MEANING[two]) is ({one, two} in twins)
+    for one, two in itertools.combinations(style.MEANING, 2):
+        assert (style.MEANING[one] == style.MEANING[two]) is ({one, two} in twins)
 
 
-@pytest.mark.parametrize("names", [[f"bar {n}" for n in range(12)], list(plots.MEANING)], ids=["series", "meanings"])
+@pytest.mark.parametrize("names", [[f"bar {n}" for n in range(12)], list(style.MEANING)], ids=["series", "meanings"])
 def test_bars_side_by_side_never_share_hatch_and_colour(names: list[str]) -> None:
     figure = plots.bars(dict.fromkeys(names, 1), TITLE, "records")
     marks = [(patch.get_facecolor(), patch.get_hatch()) for patch in figure.axes[0].patches]
@@ -155,7 +187,7 @@ def test_grouped_series_can_be_told_apart_in_grey() -> None:
     marks = [(bars[0].get_facecolor(), bars[0].get_hatch()) for bars in figure.axes[0].containers]
     assert len(marks) == 6
     assert all(told_apart(*each) for each in itertools.combinations(marks, 2))
-    assert figure.axes[0].get_legend() is not None
+    assert [text.get_text() for text in figure.legends[0].get_texts()] == [f"series {n}" for n in range(6)]
 
 
 @pytest.mark.parametrize("count", [6, 9])
@@ -178,7 +210,7 @@ def test_boxes_can_be_told_apart_in_grey() -> None:
 
 def test_each_meaning_in_a_gantt_can_be_told_apart_in_grey() -> None:
     """One worker may do several kinds of work: every two kinds differ in hatch or clearly in lightness."""
-    kinds = [kind for kind in plots.MEANING if kind not in ("naive", "fixed")]
+    kinds = [kind for kind in style.MEANING if kind not in ("naive", "fixed")]
     figure = plots.gantt({"run": [Span("w", n, n + 1, kind) for n, kind in enumerate(kinds)]}, TITLE)
     marks = {
         kind: (patch.get_facecolor(), patch.get_hatch() or "")
@@ -199,7 +231,9 @@ def test_a_legend_names_what_is_drawn_and_only_where_there_is_a_choice() -> None
     one = plots.gantt({"run": [Span("a", 0, 1)]}, TITLE)
     two = plots.gantt({"run": [Span("a", 0, 1), Span("a", 1, 2, "failed")]}, TITLE)
     assert one.legends == []
-    assert [text.get_text() for text in two.legends[0].get_texts()] == ["consumed", "failed"]
+    assert one.axes[0].get_legend() is None
+    legend: Any = two.axes[0].get_legend()
+    assert [text.get_text() for text in legend.get_texts()] == ["consumed", "failed"]
     assert plots.lines({"lag": ([0], [1])}, TITLE, "s", "records").axes[0].get_legend() is None
 
 

@@ -26,12 +26,15 @@ def java() -> Path:
     return Path(JAVA)
 
 
-def kafka_jars() -> list[Path]:
+def kafka_jars(*more: str) -> list[Path]:
     """The broker's class path, fetched from Maven's central repository at the first call and then kept.
+
+    `more` artifacts, such as `KAFKA_TOOLS_ARTIFACT`, and what they need come with it.
 
     Raises `BrokerUnavailable` when it is not here and cannot be fetched.
     """
-    listing = cache_folder() / f"kafka-{KAFKA_VERSION}.classpath"
+    names = "+".join(["kafka", *(artifact.split(":")[1] for artifact in more)])
+    listing = cache_folder() / f"{names}-{KAFKA_VERSION}.classpath"
     jars = known_jars(listing)
     if jars:
         return jars
@@ -44,7 +47,7 @@ def kafka_jars() -> list[Path]:
 
         try:
             # Not `jgo.build`: that one fetches a whole JDK besides, to sort the jars by kinds that we do not need.
-            jars = [artifact.resolve() for artifact in jgo.resolve("+".join(KAFKA_ARTIFACTS))]
+            jars = [artifact.resolve() for artifact in jgo.resolve("+".join((*KAFKA_ARTIFACTS, *more)))]
         except Exception as error:  # jgo lets errors of requests, of XML and its own through
             raise BrokerUnavailable(
                 f"Kafka {KAFKA_VERSION} could not be fetched from Maven's central repository "

@@ -12,3 +12,6 @@ KAFKA_ARTIFACTS = (
     "org.apache.logging.log4j:log4j-slf4j-impl:2.25.3",
     "org.apache.logging.log4j:log4j-core:2.25.3",
 )
+
+KAFKA_TOOLS_ARTIFACT = f"org.apache.kafka:kafka-tools:{KAFKA_VERSION}"
+"""Kafka's command-line tools, to check and to compare with."""
