@@ -1,0 +1,405 @@
+"""The lag is what Kafka's own tool says where that is right, and right where it is not; unknown is never 0."""
+
+from __future__ import annotations
+
+import asyncio
+import dataclasses
+from collections.abc import AsyncIterator, Iterator
+from contextlib import asynccontextmanager
+
+import pytest
+from aiokafka import TopicPartition
+from aiokafka.admin import AIOKafkaAdminClient, NewPartitions, RecordsToDelete
+from hypothesis import given, settings, strategies
+
+import mqlib as mq
+from mqlib import lag
+from mqlib.lag import GroupLag, LagMonitor, PartitionLag, judge
+from tests.kafka_tools import consumer_group_lag
+
+
+@pytest.fixture(scope="module")
+def own() -> Iterator[mq.Kafka]:
+    """A Kafka of these tests' own, which makes topics for whoever names one."""
+    with mq.kafka(private=True, settings={"auto.create.topics.enable": "true"}) as broker:
+        yield broker
+
+
+@asynccontextmanager
+async def admin(kafka: mq.Kafka) -> AsyncIterator[AIOKafkaAdminClient]:
+    client = AIOKafkaAdminClient(**kafka.client)
+    await client.start()
+    try:
+        yield client
+    finally:
+        await client.close()
+
+
+async def filled(kafka: mq.Kafka, *counts: int) -> str:
+    """A topic with so many records in each of its partitions."""
+    topic = await mq.topic(kafka, "lag", partitions=len(counts))
+    await fill(kafka, topic, *counts)
+    return topic
+
+
+async def fill(kafka: mq.Kafka, topic: str, *counts: int) -> None:
+    async with mq.producer(kafka) as producer:
+        for partition, count in enumerate(counts):
+            await mq.pump(producer, topic, [b"x"] * count, partition=partition)
+
+
+async def commit(kafka: mq.Kafka, group: str, topic: str, **offsets: int) -> None:
+    """`commit(kafka, group, topic, p0=3)`, as an empty group that was there before."""
+    parts = {TopicPartition(topic, int(name[1:])): offset for name, offset in offsets.items()}
+    async with mq.consumer(kafka, group_id=group, enable_auto_commit=False) as consumer:
+        consumer.assign(list(parts))
+        await consumer.commit(parts)
+
+
+def lags(found: GroupLag) -> dict[int, int | None]:
+    return {part.partition: part.lag for part in found.partitions}
+
+
+def notes(found: GroupLag) -> dict[int, str]:
+    return {part.partition: part.note for part in found.partitions}
+
+
+async def same_as_kafkas_tool(kafka: mq.Kafka, group: str) -> GroupLag:
+    """The lag, after comparing each partition's commit, end and lag with `kafka-consumer-groups --describe`."""
+    ours = await mq.group_lag(kafka, group)
+    theirs = await asyncio.to_thread(consumer_group_lag, kafka, group)
+    assert {(part.topic, part.partition): (part.committed, part.end, part.lag) for part in ours.partitions} == theirs
+    return ours
+
+
+async def test_the_lag_of_each_partition_is_what_kafkas_tool_says(kafka: mq.Kafka) -> None:
+    topic, group = await filled(kafka, 10, 4, 7), kafka.name("plain")
+    await commit(kafka, group, topic, p0=10, p1=1, p2=0)
+    found = await same_as_kafkas_tool(kafka, group)
+    assert lags(found) == {0: 0, 1: 3, 2: 7}
+    assert (found.total, found.known, found.unknown) == (10, 10, [])
+    assert str(found) == "lag 10 in 3 partitions"
+
+
+async def test_a_partition_without_a_commit_is_unknown(kafka: mq.Kafka) -> None:
+    """Never 0, never all of it in silence; the total says so. The reset policy, if it is told, decides."""
+    topic, group = await filled(kafka, 10, 4), kafka.name("partly")
+    await commit(kafka, group, topic, p0=10)
+    found = await mq.group_lag(kafka, group, topic)
+    assert (lags(found), notes(found)) == ({0: 0, 1: None}, {0: "", 1: "no commit"})
+    assert (found.total, found.known, [part.partition for part in found.unknown]) == (None, 0, [1])
+    assert str(found) == f"lag 0 in 1 partitions; unknown for {topic}-1 (no commit)"
+    assert lags(await mq.group_lag(kafka, group, topic, reset="earliest")) == {0: 0, 1: 4}
+    assert lags(await mq.group_lag(kafka, group, topic, reset="latest")) == {0: 0, 1: 0}
+
+
+async def test_a_group_that_never_was_has_an_unknown_lag(kafka: mq.Kafka) -> None:
+    topic, group = await filled(kafka, 3), kafka.name("nobody")
+    assert (await mq.group_lag(kafka, group)).total is None
+    assert lags(await mq.group_lag(kafka, group, topic)) == {0: None}
+
+
+async def test_after_retention_it_counts_from_the_start_of_the_log(kafka: mq.Kafka) -> None:
+    """What was deleted unread cannot be read any more: Kafka's tool goes on counting it."""
+    topic, group = await filled(kafka, 20), kafka.name("expired")
+    await commit(kafka, group, topic, p0=5)
+    async with admin(kafka) as client:
+        await client.delete_records({TopicPartition(topic, 0): RecordsToDelete(before_offset=12)})
+    found = await mq.group_lag(kafka, group)
+    assert (lags(found), notes(found), found.partitions[0].start) == ({0: 8}, {0: "expired"}, 12)
+    assert lags(await mq.group_lag(kafka, group, reset="latest")) == {0: 0}
+    theirs = await asyncio.to_thread(consumer_group_lag, kafka, group)
+    assert theirs[topic, 0].lag == 15, "where this becomes 8, the comparison can be used here, too"
+
+
+async def test_a_commit_beyond_the_end_is_not_a_negative_lag(kafka: mq.Kafka) -> None:
+    topic, group = await filled(kafka, 10), kafka.name("beyond")
+    await commit(kafka, group, topic, p0=100)
+    found = await mq.group_lag(kafka, group)
+    assert (lags(found), notes(found), found.total) == ({0: None}, {0: "beyond the end"}, None)
+    assert lags(await mq.group_lag(kafka, group, reset="earliest")) == {0: 10}
+    assert lags(await mq.group_lag(kafka, group, reset="latest")) == {0: 0}
+    theirs = await asyncio.to_thread(consumer_group_lag, kafka, group)
+    assert theirs[topic, 0].lag == -90, "Kafka's tool is negative here"
+
+
+async def test_transactions(kafka: mq.Kafka) -> None:
+    """One of 3 records committed, one of 2 aborted, one of 1 open: markers are offsets and no records."""
+    topic, group = await mq.topic(kafka, "transactions"), kafka.name("transactions")
+    async with mq.producer(kafka, transactional_id=kafka.name("t")) as producer:
+        async with producer.transaction():
+            for _ in range(3):
+                await producer.send(topic, b"kept")
+        await producer.begin_transaction()
+        for _ in range(2):
+            await producer.send(topic, b"aborted")
+        await producer.abort_transaction()
+        await commit(kafka, group, topic, p0=3)  # as whoever commits the last record's offset + 1
+        assert lags(await same_as_kafkas_tool(kafka, group)) == {0: 4}
+        async with LagMonitor(kafka, group, isolation="read_committed") as monitor:
+            assert await monitor.records() == {TopicPartition(topic, 0): 0}, "nothing is left to read"
+        await commit(kafka, group, topic, p0=7)  # as whoever commits the position
+        assert lags(await same_as_kafkas_tool(kafka, group)) == {0: 0}
+        await producer.begin_transaction()
+        await producer.send_and_wait(topic, b"open")
+        assert lags(await same_as_kafkas_tool(kafka, group)) == {0: 1}
+        found = await mq.group_lag(kafka, group, isolation="read_committed")
+        assert (found.partitions[0].end, found.partitions[0].lag) == (7, 0), "the last stable offset"
+        await commit(kafka, group, topic, p0=8)  # as a reader of what is not committed
+        found = await mq.group_lag(kafka, group, isolation="read_committed")
+        assert (lags(found), notes(found)) == ({0: 0}, {0: ""})
+        await producer.commit_transaction()
+
+
+async def test_compaction_leaves_fewer_records_than_offsets(kafka: mq.Kafka) -> None:
+    """The lag in offsets is what Kafka's tool says; `records` counts what is still there."""
+    quickly = {"segment_ms": 200, "min_cleanable_dirty_ratio": "0.01", "min_compaction_lag_ms": 0}
+    topic = await mq.topic(kafka, "compacted", cleanup_policy="compact", **quickly)  # type: ignore[arg-type]
+    group, place = kafka.name("compacted"), TopicPartition(topic, 0)
+    await commit(kafka, group, topic, p0=0)
+    async with mq.producer(kafka) as producer:
+        await mq.pump(producer, topic, [b"%d" % n for n in range(50)], keys=[b"same"] * 50)
+
+        async def compacted() -> bool:
+            # The segment that is written to is never compacted: each record may roll a new one.
+            await producer.send_and_wait(topic, b"last", key=b"other")
+            return len(await mq.read(kafka, topic)) < 40
+
+        await mq.until(compacted, within=30, every=0.25)
+    found = await same_as_kafkas_tool(kafka, group)
+    async with LagMonitor(kafka, group) as monitor:
+        counted = (await monitor.records())[place]
+    assert counted == len(await mq.read(kafka, topic))
+    assert counted < (found.total or 0) == (await mq.end_offsets(kafka, topic))[0]
+
+
+async def topics_of(kafka: mq.Kafka) -> set[str]:
+    async with admin(kafka) as client:
+        return {*await client.list_topics()}
+
+
+async def test_a_topic_that_is_deleted_stays_deleted(own: mq.Kafka) -> None:
+    """Also on a broker that makes every topic that is asked for: asking for a lag is no reason."""
+    topic, group, kept = await filled(own, 5), own.name("deleted"), await filled(own, 3)
+    await commit(own, group, topic, p0=1)
+    await commit(own, group, kept, p0=1)
+    async with LagMonitor(own, group, topic) as monitor:
+        assert (await monitor.sample()).total == 6
+        async with admin(own) as client:
+            await client.delete_topics([topic])
+
+        async def gone() -> bool:
+            found = {part.topic: (part.lag, part.note) for part in (await monitor.sample()).partitions}
+            return found == {kept: (2, "")} or found == {kept: (2, ""), topic: (None, "no such partition")}
+
+        await mq.until(gone, within=20)
+        before = await topics_of(own)
+        await monitor.sample()
+        with pytest.raises(mq.BrokerError, match="no topic"):
+            await mq.end_offsets(own, topic)
+        with pytest.raises(mq.BrokerError, match="no topic"):
+            await mq.read(own, topic)
+        assert await topics_of(own) == before
+    assert topic not in before
+
+
+async def test_a_topic_that_is_made_again_has_no_history(own: mq.Kafka) -> None:
+    """Its ends are not those of the old one; what was committed went with it."""
+    clock = iter(range(1000))
+    topic, group = await filled(own, 50), own.name("again")
+    await commit(own, group, topic, p0=50)
+    async with LagMonitor(own, group, topic, clock=lambda: float(next(clock))) as monitor:
+        await monitor.sample()
+        async with admin(own) as client:
+            await client.delete_topics([topic])
+            await mq.until(lambda: absent(own, topic), within=20)
+        async with mq.producer(own) as producer:
+            await producer.send_and_wait(topic, b"new")  # this broker makes it again
+        async with LagMonitor(own, group, topic) as fresh:
+            assert lags(await fresh.sample()) == {0: None}, "no commit"
+        await commit(own, group, topic, p0=0)
+
+        async def seen() -> bool:
+            return lags(await monitor.sample()) == {0: 1}
+
+        await mq.until(seen, within=20)
+        assert monitor.samples[-1].partitions[0].seconds is None, "nobody saw it being written"
+
+
+async def absent(kafka: mq.Kafka, topic: str) -> bool:
+    return topic not in await topics_of(kafka)
+
+
+async def test_partitions_that_are_added_appear(kafka: mq.Kafka) -> None:
+    topic, group = await filled(kafka, 5), kafka.name("more")
+    await commit(kafka, group, topic, p0=2)
+    async with LagMonitor(kafka, group, reset="earliest") as monitor:
+        assert (await monitor.sample()).total == 3
+        async with admin(kafka) as client:
+            await client.create_partitions({topic: NewPartitions(3)})
+
+        async def three() -> bool:
+            return lags(await monitor.sample()).keys() == {0, 1, 2}
+
+        await mq.until(three, within=20)
+        await fill(kafka, topic, 0, 0, 4)
+        assert lags(await monitor.sample()) == {0: 3, 1: 0, 2: 4}
+
+
+async def test_it_joins_no_group(kafka: mq.Kafka) -> None:
+    """A running member keeps its partitions; an empty group keeps its lag, and stays empty."""
+    topic, group = await filled(kafka, 6), kafka.name("members")
+
+    async def members() -> int:
+        async with admin(kafka) as client:
+            [answer] = await client.describe_consumer_groups([group])
+            return len(answer.groups[0][5])
+
+    async with mq.consumer(kafka, topic, group_id=group, enable_auto_commit=False) as consumer:
+        assert len(await mq.take(consumer, 6)) == 6
+        await consumer.commit({TopicPartition(topic, 0): 4})
+        assert (await members(), (await same_as_kafkas_tool(kafka, group)).total, await members()) == (1, 2, 1)
+    assert ((await same_as_kafkas_tool(kafka, group)).total, await members()) == (2, 0)
+
+
+async def test_it_is_never_negative_while_the_consumer_keeps_up(kafka: mq.Kafka) -> None:
+    topic, group = await filled(kafka, 1), kafka.name("busy")
+    await commit(kafka, group, topic, p0=0)
+    done = asyncio.Event()
+
+    async def produce() -> None:
+        async with mq.producer(kafka) as producer:
+            while not done.is_set():
+                await mq.pump(producer, topic, [b"x"] * 100)
+
+    async def consume() -> None:
+        async with mq.consumer(kafka, topic, group_id=group, enable_auto_commit=False) as consumer:
+            while not done.is_set():
+                if await mq.take(consumer, 50, within=0.1):
+                    await consumer.commit()
+
+    async with asyncio.TaskGroup() as both, LagMonitor(kafka, group) as monitor:
+        both.create_task(produce())
+        both.create_task(consume())
+        for _ in range(200):
+            await monitor.sample()
+        done.set()
+    found = [each.total for each in monitor.samples]
+    assert len(found) == 200
+    assert all(total is not None and total >= 0 for total in found)
+    committed = [each.partitions[0].committed or 0 for each in monitor.samples]
+    assert committed[-1] > committed[0], "the consumer worked all the while"
+
+
+async def test_lag_in_seconds_is_the_age_of_the_first_unread_offset(kafka: mq.Kafka) -> None:
+    """By the ends that were sampled: 10 offsets by second 0, 10 more evenly until second 10, none after."""
+    now = 0.0
+    topic, group = await filled(kafka, 10), kafka.name("seconds")
+    await commit(kafka, group, topic, p0=10)
+    async with LagMonitor(kafka, group, clock=lambda: now) as monitor:
+
+        async def at(second: float, committed: int) -> float | None:
+            nonlocal now
+            now = second
+            await commit(kafka, group, topic, p0=committed)
+            return (await monitor.sample()).seconds
+
+        assert await at(0, 10) == 0.0
+        await fill(kafka, topic, 10)
+        assert await at(10, 10) == 10.0
+        assert await at(20, 10) == 20.0
+        assert await at(20, 15) == 15.0
+        assert await at(30, 19) == 21.0
+        assert await at(30, 20) == 0.0
+        assert await at(30, 5) is None, "written before the first sample"
+
+
+OFFSETS = strategies.integers(0, 60)
+
+
+@settings(max_examples=500, deadline=None)
+@given(strategies.none() | OFFSETS, OFFSETS, OFFSETS, OFFSETS, strategies.sampled_from([None, "earliest", "latest"]))
+def test_the_judgement(committed: int | None, start: int, more: int, above: int, reset: lag.Reset | None) -> None:
+    """Never negative, never more than the log holds, and plain arithmetic where the group has a position."""
+    end, high = start + more, start + more + above
+    found, note = judge(committed, start, end, high, reset)
+    assert found is None or 0 <= found <= end - start
+    if committed is not None and start <= committed <= high:
+        assert (found, note) == (max(end - committed, 0), "")
+    else:
+        assert note == ("no commit" if committed is None else "expired" if committed < start else "beyond the end")
+        if reset:
+            assert found == (end - start if reset == "earliest" else 0)
+        else:
+            assert found == (end - start if note == "expired" else None)
+
+
+async def test_sampling_outlives_a_broker_that_freezes_and_one_that_dies(own: mq.Kafka) -> None:
+    topic, group = await filled(own, 5), own.name("outage")
+    await commit(own, group, topic, p0=2)
+    async with asyncio.timeout(90), mq.monitor_lag(own, group, every=0.05) as monitor:
+        async with mq.paused(own.nodes[0]):
+            await mq.until(lambda: monitor.missed, within=20)
+        await more_samples(monitor)
+        missed = monitor.missed
+        async with mq.killed(own.nodes[0]):
+            await mq.until(lambda: monitor.missed > missed, within=20)
+        await more_samples(monitor)
+    assert {each.total for each in monitor.samples} == {3}
+
+
+async def more_samples(monitor: LagMonitor) -> None:
+    count = len(monitor.samples)
+    await mq.until(lambda: len(monitor.samples) > count, within=30)
+
+
+async def test_without_a_first_answer_it_says_whose_lag_is_unknown(
+    own: mq.Kafka, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(lag, "PATIENCE_SECONDS", 0.5)
+    async with LagMonitor(own, "orders") as monitor, mq.paused(own.nodes[0]):
+        with pytest.raises(mq.BrokerError, match="the lag of group 'orders' is unknown: TimeoutError"):
+            await monitor.sample()
+
+
+async def test_it_follows_the_leader_and_the_coordinator_to_another_node() -> None:
+    with mq.kafka(nodes=3) as cluster:
+        topic, group = await filled(cluster, 4, 4, 4), cluster.name("moving")
+        await commit(cluster, group, topic, p0=1, p1=1, p2=1)
+        async with LagMonitor(cluster, group) as monitor:
+            assert (await monitor.sample()).total == 9
+            leaders = monitor._leaders[topic]
+            node = next(node for node in cluster.nodes if str(leaders[0]) in node.name)
+            node.kill()
+
+            async def right() -> bool:
+                try:
+                    return (await monitor.sample()).total == 9
+                except mq.BrokerError:
+                    return False
+
+            await mq.until(right, within=60, every=0.2)
+            assert monitor._leaders[topic][0] != leaders[0]
+
+
+@pytest.mark.parametrize("wrong", [{"isolation": "dirty"}, {"reset": "none"}])
+def test_wrong_options_are_named(kafka: mq.Kafka, wrong: dict[str, str]) -> None:
+    with pytest.raises(ValueError, match=next(iter(wrong.values()))):
+        LagMonitor(kafka, "group", **wrong)  # type: ignore[arg-type]
+
+
+async def test_over_time_it_is_a_frame_and_a_curve(kafka: mq.Kafka) -> None:
+    topic, group = await filled(kafka, 3, 0), kafka.name("frame")
+    async with mq.monitor_lag(kafka, group, topic, every=0.02) as monitor:
+        assert len(monitor.samples) == 1
+        await commit(kafka, group, topic, p0=1, p1=0)
+        await mq.until(lambda: monitor.samples[-1].total == 2, within=10)
+    frame = monitor.frame()
+    assert list(frame.columns) == ["time", *(field.name for field in dataclasses.fields(PartitionLag))]
+    assert len(frame) == 2 * len(monitor.samples)
+    assert frame["lag"].dtype == "Int64"
+    assert frame["lag"].isna().iloc[0]
+    assert frame["lag"].iloc[-2:].to_list() == [2, 0]
+    seconds, totals = monitor.curve()
+    assert (seconds[0], totals[-1], str(totals[0])) == (0.0, 2.0, "nan")
+    assert seconds == sorted(seconds)
