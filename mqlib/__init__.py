@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     from .lag import LagMonitor, group_lag, monitor_lag
     from .ledger import Journal, Ledger
     from .metrics import Metrics, QueueMetrics, paced
-    from .queues import DepthMonitor, channel, depth, monitor_depth, take_messages
+    from .queues import DepthMonitor, channel, declare, depth, monitor_depth, take_messages
     from .topics import consumer, end_offsets, producer, read, take, topic
     from .waiting import until
     from .workers import Worker, WorkerFailed, crash, worker
@@ -30,7 +30,7 @@ _HOME = {
     "lag": ("LagMonitor", "group_lag", "monitor_lag"),
     "ledger": ("Journal", "Ledger"),
     "metrics": ("Metrics", "QueueMetrics", "paced"),
-    "queues": ("DepthMonitor", "channel", "depth", "monitor_depth", "take_messages"),
+    "queues": ("DepthMonitor", "channel", "declare", "depth", "monitor_depth", "take_messages"),
     "topics": ("consumer", "end_offsets", "producer", "read", "take", "topic"),
     "waiting": ("until",),
     "workers": ("Worker", "WorkerFailed", "crash", "worker"),
@@ -40,9 +40,9 @@ _MODULE = {name: module for module, names in _HOME.items() for name in names}
 __all__ = [
     "BrokerError", "BrokerUnavailable", "CheckFailed", "DepthMonitor", "Journal", "Kafka", "LagMonitor", "Ledger",
     "Metrics", "Outcome", "Proxy", "QueueMetrics", "RabbitMQ", "Undelivered", "Worker", "WorkerFailed", "channel",
-    "check", "consumer", "crash", "depth", "end_offsets", "exercise", "group_lag", "kafka", "killed", "monitor_depth",
-    "monitor_lag", "paced", "paused", "producer", "proxy", "pump", "pump_messages", "rabbitmq", "read", "take",
-    "take_messages", "topic", "until", "worker",
+    "check", "consumer", "crash", "declare", "depth", "end_offsets", "exercise", "group_lag", "kafka", "killed",
+    "monitor_depth", "monitor_lag", "paced", "paused", "producer", "proxy", "pump", "pump_messages", "rabbitmq", "read",
+    "take", "take_messages", "topic", "until", "worker",
 ]  # fmt: skip
 
 

@@ -25,6 +25,7 @@ from .queues import blocked
 
 OVERHEAD = 100
 """Bytes that a record may need in a batch beyond its key and value, and the batch itself: 61 + at most 37."""
+DEFAULT_MAX_MESSAGE_BYTES = 1_048_588
 REFUSED = (
     errors.MessageSizeTooLargeError, errors.TopicAuthorizationFailedError, errors.InvalidTopicError,
     errors.UnknownTopicOrPartitionError, errors.InvalidRequiredAcksError, errors.NotEnoughReplicasError,
@@ -63,27 +64,24 @@ class Undelivered(BrokerError):
         self.outcome = outcome
 
 
-class _Books:
-    """The outcome, and the ledger besides if there is one."""
-
+class _Books:  # the outcome, and the ledger besides if there is one
     def __init__(self, ledger: Ledger | Journal | None) -> None:
-        self.outcome, self._ledger = Outcome(), ledger
+        self.outcome = Outcome()
+        self._ledger: Any = ledger
 
     def sent(self, places: Iterable[int]) -> None:
-        if self._ledger is not None:
-            for place in places:
-                self._ledger.sent(place)
+        for place in places if self._ledger else ():
+            self._ledger.sent(place)
 
     def acknowledged(self, places: Sequence[int]) -> None:
         self.outcome.acknowledged += len(places)
-        if self._ledger is not None:
-            for place in places:
-                self._ledger.acknowledged(place)
+        for place in places if self._ledger else ():
+            self._ledger.acknowledged(place)
 
     def failed(self, places: Iterable[int], error: BaseException) -> None:
         for place in places:
             self.outcome.failed[place] = error
-            if self._ledger is not None:
+            if self._ledger:
                 self._ledger.failed(place)
 
     def unknown(self, places: Iterable[int], error: BaseException) -> None:
@@ -95,9 +93,7 @@ class _Books:
         return self.outcome
 
 
-class _Batch(NamedTuple):
-    """Records for one partition, on their way."""
-
+class _Batch(NamedTuple):  # records for one partition, on their way
     places: Sequence[int]
     size: int
     answer: asyncio.Future[Any]
@@ -199,17 +195,18 @@ async def pump(
     handed over has failed. With a ledger a message's number is its place in the input.
 
     Raises `Undelivered` unless all is acknowledged; with `strict=False` it returns the outcome instead. Raises
-    `ValueError` for a partition that the topic has not, or for more keys than values or fewer.
+    `BrokerError` for a missing topic, `ValueError` for a missing partition, and for more keys than values or fewer.
     """
     books, late = _Books(ledger), TimeoutError(f"no answer within {within:g} s")
     left: Iterator[tuple[int, Any]] = enumerate(values if keys is None else zip(values, keys, strict=True))
     work: _Pump | None = None
     try:
         async with asyncio.timeout(within):
+            limit = await _max_message_bytes(producer, topic)
             partitions = sorted(await producer.partitions_for(topic))
             if partition is not None and partition not in partitions:
                 raise ValueError(f"the topic {topic!r} has the partitions {partitions}, and not {partition}")
-            work = _Pump(producer, topic, books, await _max_message_bytes(producer, topic))
+            work = _Pump(producer, topic, books, limit)
             chosen = partitions if partition is None else [partition]
             if keys is None:
                 await work.keyless(left, chosen)
@@ -217,7 +214,8 @@ async def pump(
                 await work.keyed(left, chosen, fixed=partition is not None)
             if work.batches:
                 await asyncio.wait([batch.answer for batch in work.batches])
-    except TimeoutError:
+    except (TimeoutError, errors.UnknownTopicOrPartitionError):
+        # aiokafka 0.14 also calls a topic unknown when no broker answers what it asks about it.
         books.failed((place for place, _ in left), TimeoutError(f"not handed over within {within:g} s"))
     if work:
         work.settle(late)
@@ -225,12 +223,17 @@ async def pump(
 
 
 async def _max_message_bytes(producer: AIOKafkaProducer, topic: str) -> int:
-    """The topic's limit for a batch. Where it may not be asked for, Kafka's default."""
+    """The topic's limit for a batch; Kafka's default where there is no answer."""
     client = producer.client
     request = DescribeConfigsRequest([(2, topic, ["max.message.bytes"])], False)
-    answer = await client.send(client.get_random_node(), request)
-    [(_, _, _, _, entries)] = answer.resources
-    return int(entries[0][1]) if entries else 1_048_588
+    try:
+        answer = await client.send(client.get_random_node(), request)
+    except errors.KafkaError:
+        return DEFAULT_MAX_MESSAGE_BYTES
+    [(code, _, _, _, entries)] = answer.resources
+    if code == errors.UnknownTopicOrPartitionError.errno:
+        raise BrokerError(f"Kafka has no topic {topic!r}")
+    return int(entries[0][1]) if entries else DEFAULT_MAX_MESSAGE_BYTES
 
 
 async def pump_messages(

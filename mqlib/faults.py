@@ -112,7 +112,7 @@ def _reset(writer: asyncio.StreamWriter) -> None:
 
 @contextlib.asynccontextmanager
 async def paused(*nodes: Node) -> AsyncIterator[None]:
-    """The nodes are frozen during the block (SIGSTOP): connections stay open and nothing answers."""
+    """The nodes are frozen during the block (SIGSTOP): connections stay open, nothing answers. Then they are ready."""
     try:
         for node in nodes:
             node.pause()
@@ -121,6 +121,7 @@ async def paused(*nodes: Node) -> AsyncIterator[None]:
         for node in nodes:
             if node.running:
                 node.resume()
+                await asyncio.to_thread(node.wait_until_ready)
 
 
 @contextlib.asynccontextmanager

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import logging
+import re
 import time
 import weakref
 from collections.abc import AsyncIterator
@@ -15,7 +16,7 @@ from urllib.parse import quote, unquote, urlsplit
 import aio_pika
 import httpx
 from aio_pika.abc import AbstractChannel, AbstractIncomingMessage, AbstractQueue
-from aio_pika.exceptions import AMQPError
+from aio_pika.exceptions import AMQPError, ChannelClosed, ChannelPreconditionFailed
 
 from .brokers import BrokerError, RabbitMQ
 from .brokers.base import Connectable
@@ -86,6 +87,32 @@ async def take_messages(
         else:
             await asyncio.sleep(0.02)
     return messages
+
+
+async def declare(rabbit: Connectable, queue: str, **options: Any) -> None:
+    """Declares a queue, as `channel.declare_queue(queue, **options)` does, and explains why that cannot be.
+
+    It happens on a connection of its own: RabbitMQ answers a declaration that does not fit the queue that is there by
+    closing the channel, and whatever else used that channel would go down with it. Raises `BrokerError`, which names
+    the argument, what was wanted and what is there. See https://www.rabbitmq.com/docs/queues#property-equivalence.
+    """
+    try:
+        async with channel(rabbit) as asking:
+            await asking.declare_queue(queue, **options)
+    except ChannelPreconditionFailed as error:
+        found = re.search(r"inequivalent arg '(.+?)' for queue .* received (.+) but current is (.+)", str(error))
+        if not found:
+            raise BrokerError(f"RabbitMQ refuses the queue {queue!r}: {error}") from None
+        # 'quorum' may also be told as: the value 'quorum' of type 'longstr'
+        argument, wanted, present = (
+            re.sub(r"the value '(.*)' of type .*|^'|'$", r"\1", part) for part in found.groups()
+        )
+        raise BrokerError(
+            f"the queue {queue!r} is there with {argument} {present}, and not {wanted}: what a queue is cannot be "
+            "changed. Delete it, or use another name."
+        ) from None
+    except ChannelClosed as error:
+        raise BrokerError(f"RabbitMQ refuses the queue {queue!r}: {error}") from None
 
 
 @dataclass(frozen=True)

@@ -11,7 +11,7 @@ from typing import Any
 
 from aiokafka import AIOKafkaConsumer, AIOKafkaProducer, ConsumerRecord, TopicPartition
 from aiokafka.admin import AIOKafkaAdminClient, NewTopic
-from aiokafka.errors import KafkaConnectionError
+from aiokafka.errors import KafkaConnectionError, NodeNotReadyError
 from aiokafka.protocol.metadata import MetadataRequest
 
 from .brokers import BrokerError, Kafka
@@ -182,7 +182,10 @@ async def partitions_of(kafka: Kafka, name: str) -> list[TopicPartition]:
     async with _admin(kafka) as admin:
 
         async def found() -> list[int]:
-            [answer] = await described(admin, [name])
+            try:
+                [answer] = await described(admin, [name])
+            except NodeNotReadyError:  # the broker has just come back, and does not name itself yet
+                return []
             return [] if answer["error_code"] else sorted(part["partition"] for part in answer["partitions"])
 
         try:

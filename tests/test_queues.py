@@ -178,7 +178,7 @@ async def test_without_a_management_api_the_error_says_so(rabbit: mq.RabbitMQ, a
     """And which variable names it; never the password, and never "None"."""
     elsewhere = dataclasses.replace(rabbit, management_url=address.replace("PORT", str(free_ports(1)[0])))
     with pytest.raises(mq.BrokerError, match="management API") as error:
-        await mq.depth(elsewhere, "any")
+        await mq.depth(elsewhere, "any", by="management")
     assert "MQLIB_RABBITMQ_MANAGEMENT_URL" in str(error.value)
     assert "None" not in str(error.value)
     assert "guest" not in str(error.value)
@@ -198,3 +198,94 @@ async def test_wrong_credentials_of_the_management_api_are_told(rabbit: mq.Rabbi
 def test_the_virtual_host_as_the_management_api_wants_it(rabbit: mq.RabbitMQ, path: str, expected: str) -> None:
     """Every way in which a URL can say it, `//` among them, which aio-pika takes for the host `/`, too."""
     assert queues.vhost(dataclasses.replace(rabbit, url=f"amqp://guest:guest@localhost:5672{path}")) == expected
+
+
+async def test_depth_by_amqp_is_right_at_once(rabbit: mq.RabbitMQ) -> None:
+    """Also where there is no management API; what is unacknowledged it cannot know, and says so."""
+    bare = dataclasses.replace(rabbit, management_url="")
+    async with mq.channel(rabbit) as channel:
+        queue = await filled(rabbit, channel, 6)
+        await mq.take_messages(queue, 2, within=20, ack=False)
+        for found in (await mq.depth(rabbit, queue.name, by="amqp"), await mq.depth(bare, queue.name)):
+            assert found == Depth(4, None, 0)
+    for broker in (dataclasses.replace(bare, url=f"amqp://guest:guest@{HOST}:{free_ports(1)[0]}/"), bare):
+        with pytest.raises(mq.BrokerError, match="the depth of queue 'missing' is unknown"):
+            await mq.depth(broker, "missing")
+
+
+@pytest.mark.parametrize("by", ["management", "amqp"])
+async def test_depth_over_time(rabbit: mq.RabbitMQ, by: Any) -> None:
+    """As a frame and as a curve, from the block's beginning to its end."""
+    async with mq.channel(rabbit) as channel:
+        queue = await filled(rabbit, channel, 5)
+
+        async def known() -> bool:
+            return (await mq.depth(rabbit, queue.name, by)).ready == 5
+
+        await mq.until(known, within=30)
+        async with mq.monitor_depth(rabbit, queue.name, every=0.02, by=by) as monitor:
+            await mq.take_messages(queue, 2)
+            await mq.until(lambda: monitor.samples[-1][1].ready == 3, within=30)
+    frame = monitor.frame()
+    assert list(frame.columns) == ["time", "ready", "unacknowledged", "consumers"]
+    assert (frame["ready"].iloc[0], frame["ready"].iloc[-1], len(frame)) == (5, 3, len(monitor.samples))
+    assert frame["unacknowledged"].isna().all() == (by == "amqp")
+    seconds, ready = monitor.curve()
+    assert (seconds[0], ready[0], ready[-1], monitor.missed) == (0.0, 5, 3, 0)
+    with pytest.raises(mq.BrokerError):
+        async with mq.monitor_depth(rabbit, "missing", by=by):
+            pytest.fail("there is no such queue")
+
+
+@pytest.mark.parametrize(
+    ("present", "wanted", "words"),
+    [
+        ({"arguments": {"x-message-ttl": 1}}, {"arguments": {"x-message-ttl": 2}}, "x-message-ttl 1, and not 2"),
+        ({"durable": True}, {"durable": False}, "durable true, and not false"),
+        ({"arguments": {"x-max-length": 5}}, {}, "x-max-length 5, and not none"),
+        ({}, {"arguments": {"x-dead-letter-exchange": "dlx"}}, "x-dead-letter-exchange none, and not dlx"),
+        ({"durable": True, "arguments": {"x-queue-type": "quorum"}}, {"durable": True}, "x-queue-type quorum, and not"),
+    ],
+    ids=["ttl", "durable", "max length", "dead letters", "queue type"],
+)  # fmt: skip
+async def test_a_declaration_that_does_not_fit_says_what_is_there(
+    rabbit: mq.RabbitMQ, present: dict[str, Any], wanted: dict[str, Any], words: str
+) -> None:
+    """Work on other channels goes on: its consumer, its unacknowledged message, its next declaration."""
+    name = rabbit.name("declared")
+    async with mq.channel(rabbit) as busy:
+        queue = await busy.declare_queue(name, **present)
+        got: list[AbstractIncomingMessage] = []
+
+        async def keep(message: AbstractIncomingMessage) -> None:
+            got.append(message)
+
+        await queue.consume(keep)
+        await busy.default_exchange.publish(Message(b"before"), name)
+        await mq.until(lambda: len(got) == 1)
+        with pytest.raises(mq.BrokerError, match=f"the queue '{name}' is there with {words}"):
+            await mq.declare(rabbit, name, **wanted)
+        await busy.default_exchange.publish(Message(b"after"), name)
+        await mq.until(lambda: len(got) == 2)
+        for message in got:
+            await message.ack()
+        await mq.declare(rabbit, name, **present)
+
+
+async def test_a_queue_that_is_declared_is_there(rabbit: mq.RabbitMQ) -> None:
+    name = rabbit.name("new")
+    await mq.declare(rabbit, name, durable=True)
+    async with mq.channel(rabbit) as channel:
+        await channel.default_exchange.publish(Message(b"x"), name)
+        assert len(await mq.take_messages(await channel.get_queue(name), 1)) == 1
+
+
+async def test_what_else_rabbitmq_refuses_is_told_in_its_words(rabbit: mq.RabbitMQ) -> None:
+    async with mq.channel(rabbit) as channel:
+        exclusive = await channel.declare_queue(rabbit.name("mine"), exclusive=True)
+        with pytest.raises(mq.BrokerError, match="RESOURCE_LOCKED"):
+            await mq.declare(rabbit, exclusive.name, exclusive=True)
+    with pytest.raises(mq.BrokerError, match="ACCESS_REFUSED"):
+        await mq.declare(rabbit, "amq.mine")
+    with pytest.raises(mq.BrokerError, match="PRECONDITION_FAILED"):
+        await mq.declare(rabbit, rabbit.name("odd"), arguments={"x-max-length": -1})

@@ -50,6 +50,8 @@ class Node(ABC):
     """One server of a broker. The faults are real: `kill` is SIGKILL, `pause` is SIGSTOP (or the container's twins)."""
 
     name: str
+    wait_until_ready: Callable[[], object]
+    """Returns when the broker answers again, as `restart` does by itself."""
 
     @abstractmethod
     def kill(self) -> None:
@@ -75,6 +77,14 @@ class Node(ABC):
     @abstractmethod
     def log(self, lines: int = 20) -> str:
         """The last lines of its own log."""
+
+    def control(self, *arguments: str) -> str:
+        """Runs `rabbitmqctl` with these arguments on this node and returns what it prints; it takes a second or two.
+
+        `node.control("set_vm_memory_high_watermark", "0")`. Raises `BrokerError` with its words when it fails, and on a
+        node of Kafka, which has no such tool.
+        """
+        raise BrokerError(f"{self.name} has no rabbitmqctl")
 
     def __repr__(self) -> str:
         return f"<node {self.name}>"

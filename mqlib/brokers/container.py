@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from . import settings as defaults
-from .base import BrokerUnavailable, Kafka, Node, RabbitMQ, Version
+from .base import BrokerError, BrokerUnavailable, Kafka, Node, RabbitMQ, Version
 from .machine import HOST, free_ports, say
 from .ownership import Estate
 from .probe import probe_kafka, probe_rabbitmq
@@ -74,7 +74,7 @@ class ContainerNode(Node):
     def __init__(self, name: str, container: DockerContainer) -> None:
         self.name = name
         self._container = container
-        self.wait_until_ready: Callable[[], object] = lambda: None
+        self.wait_until_ready = lambda: None
 
     @property
     def _docker(self) -> Any:
@@ -114,6 +114,14 @@ class ContainerNode(Node):
     @property
     def running(self) -> bool:
         return self._state() in ("created", "running", "paused", "restarting")
+
+    def control(self, *arguments: str) -> str:
+        if not self.name.startswith("rabbitmq"):
+            return super().control(*arguments)
+        code, said = self._docker.exec_run(["rabbitmqctl", "--quiet", *arguments])
+        if code:
+            raise BrokerError(f"rabbitmqctl {' '.join(arguments)}: {said.decode(errors='replace').strip()}")
+        return str(said.decode(errors="replace"))
 
     def log(self, lines: int = 20) -> str:
         text: str = self._docker.logs(tail=lines).decode(errors="replace")

@@ -43,7 +43,7 @@ class ProcessNode(Node):
     ) -> None:
         self.name, self.port = name, port
         self.pid = 0
-        self.wait_until_ready: Callable[[], object] = lambda: None
+        self.wait_until_ready = lambda: None
         self._estate, self._argv, self._env, self._folder = estate, list(argv), env, folder
         self._log = folder / f"{name}.log"
 
@@ -85,6 +85,16 @@ class ProcessNode(Node):
             )
         except psutil.Error:
             return False
+
+    def control(self, *arguments: str) -> str:
+        tool = Path(self._argv[0]).with_name("rabbitmqctl")
+        if "RABBITMQ_NODENAME" not in self._env:
+            return super().control(*arguments)
+        command = [str(tool), "--quiet", *arguments]
+        done = subprocess.run(command, env=self._env, capture_output=True, text=True, stdin=subprocess.DEVNULL)
+        if done.returncode:
+            raise BrokerError(f"rabbitmqctl {' '.join(arguments)}: {(done.stderr or done.stdout).strip()}")
+        return done.stdout
 
     def log(self, lines: int = 20) -> str:
         if not self._log.exists():

@@ -75,6 +75,8 @@ async def topic_survives_faults(kafka: mq.Kafka) -> None:
     [node] = kafka.nodes
     topic = await mq.topic(kafka, "kept")
     await send(kafka, topic, b"before")
+    with pytest.raises(mq.BrokerError, match="has no rabbitmqctl"):
+        node.control("status")
 
     node.kill()
     assert (node.running, kafka.running) == (False, False)
@@ -117,6 +119,9 @@ async def queue_survives_faults(rabbit: mq.RabbitMQ) -> None:
     node.restart(graceful=True)
     assert polite_ends(rabbit) == 1, "it heard that it is to end"
     await publish(rabbit, name, b"before")
+    assert name in node.control("list_queues", "name").splitlines()
+    with pytest.raises(mq.BrokerError, match=r"rabbitmqctl list_nothing: .*list_nothing"):
+        node.control("list_nothing")
 
     node.kill()
     assert (node.running, rabbit.running) == (False, False)
