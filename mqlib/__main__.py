@@ -15,7 +15,7 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parent.parent
 VENV = ROOT / ".venv"
 WITHOUT_ENVIRONMENT = ("doctor", "help", "-h", "--help")
-TESTING = ("test",)
+TESTING = ("test", "bench")
 
 
 class SetupError(Exception):

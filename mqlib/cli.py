@@ -20,6 +20,7 @@ from .brokers.base import Broker, BrokerError
 
 ROOT = Path(__file__).resolve().parent.parent
 NOTEBOOKS = ROOT / "notebooks"
+BENCHMARKS = sorted(path.stem for path in (ROOT / "tests" / "benchmarks").glob("[a-z]*.py") if path.stem != "core")
 
 
 def parser() -> argparse.ArgumentParser:
@@ -38,6 +39,12 @@ def parser() -> argparse.ArgumentParser:
 
     test = commands.add_parser("test", help="run the tests on real brokers; what follows goes to pytest")
     test.add_argument("rest", nargs=argparse.REMAINDER, help="arguments for pytest")
+
+    bench = commands.add_parser("bench", help="measure mqlib, the raw clients and Kafka's own tools side by side")
+    bench.add_argument("names", nargs="*", metavar="NAME", help=f"which ({', '.join(BENCHMARKS)}); all unless told")
+    bench.add_argument("--out", type=Path, metavar="DIR", default=ROOT / "bench",
+                       help="where the table (Markdown) and the figure (PNG) go: bench")  # fmt: skip
+    bench.add_argument("--quick", action="store_true", help="once, with few records, and nothing is judged")
 
     catalog = commands.add_parser("catalog", help="which techniques are executed and checked, and which are planned")
     catalog.add_argument("--check", action="store_true", help="exit code 1 when a notebook lacks one of its techniques")
@@ -150,6 +157,17 @@ def test(rest: list[str]) -> int:
         return subprocess.call([sys.executable, "-m", "pytest", *rest], cwd=ROOT, env={**os.environ, **told})
 
 
+def bench(names: list[str], out: Path, quick: bool) -> int:
+    """The benchmarks; exit code 1 when a promised ratio is missed. Raises `BrokerError` for a name that is none."""
+    for name in names:
+        if name not in BENCHMARKS:
+            raise BrokerError(f"there is no benchmark {name!r}. There are: {', '.join(BENCHMARKS)}")
+    command = [sys.executable, "-m", "tests.benchmarks", *(names or BENCHMARKS), "--out", str(out.resolve())]
+    signal.signal(signal.SIGTERM, signal.default_int_handler)
+    with shared_brokers("bench") as told:
+        return subprocess.call(command + ["--quick"] * quick, cwd=ROOT, env={**os.environ, **told})
+
+
 def new(name: str) -> int:
     """A notebook from the template, with every heading that the house style asks for."""
     from .skeleton import write_new
@@ -201,6 +219,8 @@ def main(arguments: list[str]) -> int:
             return run(options.names, options.html, options.save)
         case "test":
             return test(options.rest)
+        case "bench":
+            return bench(options.names, options.out, options.quick)
         case "catalog":
             return catalog(options.check, options.write)
         case "doctor":

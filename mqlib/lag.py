@@ -34,7 +34,7 @@ LATEST, EARLIEST = -1, -2  # ListOffsets' timestamps for the end and the start o
 METADATA_SECONDS = 1.0  # how old the knowledge of partitions and leaders may be while sampling
 HISTORY = 10_000  # end offsets kept for each partition, to tell lag in seconds
 MOVED = {3, 5, 6, 9, 13, 74, 75, 76}  # errors that fresh metadata may heal: leader or topic moved, or not yet there
-COORDINATOR_MOVED = {14, 15, 16}
+COORDINATOR_MOVED = tuple(map(for_code, (14, 15, 16)))  # it is loading, not there yet, or elsewhere
 PATIENCE_SECONDS = 5.0
 
 
@@ -105,11 +105,9 @@ def judge(committed: int | None, start: int, end: int, high: int, reset: Reset |
     Where the group has no valid position, its `auto_offset_reset` decides where it would begin; without that the lag is
     unknown, except after retention: there the log's start is the least that it must read.
     """
-    note = "no commit" if committed is None else "beyond the end" if committed > high else ""
-    if committed is not None and committed < start:
-        note = "expired"
-    if not note:
-        return max(end - (committed or 0), 0), ""
+    if committed is not None and start <= committed <= high:
+        return max(end - committed, 0), ""
+    note = "no commit" if committed is None else "expired" if committed < start else "beyond the end"
     if reset == "latest":
         return 0, note
     if reset == "earliest" or note == "expired":
@@ -128,6 +126,8 @@ class LagMonitor:
         self, kafka: Kafka, group: str, *topics: str, isolation: Isolation = "read_uncommitted",
         reset: Reset | None = None, clock: Callable[[], float] = time.monotonic,
     ) -> None:  # fmt: skip
+        if not group:
+            raise ValueError(f"group is the name of a consumer group, not {group!r}")
         if isolation not in ("read_uncommitted", "read_committed"):
             raise ValueError(f"isolation is read_uncommitted or read_committed, not {isolation!r}")
         if reset not in (None, "earliest", "latest"):
@@ -136,14 +136,18 @@ class LagMonitor:
         self.missed = 0
         """Samples that the broker did not answer."""
         self._kafka, self._topics, self._isolation, self._reset, self._clock = kafka, topics, isolation, reset, clock
-        self._admin = AIOKafkaAdminClient(**kafka.client)
+        self._admin = AIOKafkaAdminClient(**kafka.client, request_timeout_ms=int(PATIENCE_SECONDS * 1000))
         self._coordinator: int | None = None
         self._leaders: dict[str, dict[int, int]] = {}
         self._fresh_until = 0.0
         self._ends: dict[TopicPartition, deque[tuple[float, int]]] = defaultdict(lambda: deque(maxlen=HISTORY))
 
     async def __aenter__(self) -> Self:
-        await self._admin.start()
+        try:
+            await self._admin.start()  # bounded for each address by the client's request timeout
+        except KafkaError as error:
+            await self._admin.close()
+            raise self._unknown(error) from error
         return self
 
     async def __aexit__(self, *_: object) -> None:
@@ -155,10 +159,14 @@ class LagMonitor:
             async with asyncio.timeout(PATIENCE_SECONDS):
                 snapshot = await self._sample()
         except (KafkaError, TimeoutError) as error:
-            self._coordinator, self._fresh_until = None, 0.0
-            raise BrokerError(f"the lag of group {self.group!r} is unknown: {type(error).__name__} {error}") from error
+            self._coordinator, self._fresh_until = None, float("-inf")
+            self._admin._client.force_metadata_update()  # else a node that is frozen stays among those to be asked
+            raise self._unknown(error) from error
         self.samples.append(snapshot)
         return snapshot
+
+    def _unknown(self, error: Exception) -> BrokerError:
+        return BrokerError(f"the lag of group {self.group!r} is unknown: {str(error) or 'no answer in time'}")
 
     async def _sample(self) -> GroupLag:
         # Commits first: what is written or committed in between can then only make the lag larger, never negative.
@@ -168,29 +176,25 @@ class LagMonitor:
         if now > self._fresh_until or not topics <= self._leaders.keys():
             await self._learn(topics)
         starts, ends = await self._offsets(topics, EARLIEST), await self._offsets(topics, LATEST)
-        if any(code in MOVED for code, _ in [*starts.values(), *ends.values()]):
+        if any(code in MOVED for code, _ in [*starts.values(), *ends.values()]) or committed.keys() - ends.keys():
             await self._learn(topics)
             starts, ends = await self._offsets(topics, EARLIEST), await self._offsets(topics, LATEST)
         high = ends
-        if self._isolation == "read_committed" and any(
-            at > ends.get(part, (0, at))[1] for part, at in committed.items()
-        ):
-            high = await self._offsets(topics, LATEST, "read_uncommitted")  # a commit beyond the last stable offset
+        if any(at > ends.get(part, (0, at))[1] for part, at in committed.items()):  # beyond the last stable offset?
+            high = await self._offsets(topics, LATEST, "read_uncommitted")
+        for gone in self._ends.keys() - ends.keys():
+            del self._ends[gone]
         return GroupLag(now, tuple(
             self._judge(part, committed.get(part), [starts.get(part), ends.get(part), high.get(part)], now)
             for part in sorted({*ends, *committed})
         ))  # fmt: skip
 
-    def _judge(
-        self, part: TopicPartition, at: int | None, log: list[tuple[int, int] | None], now: float
-    ) -> PartitionLag:
+    def _judge(self, part: TopicPartition, at: int | None, log: list[Any], now: float) -> PartitionLag:
         """One partition, from its commit, and from error code and offset of its start, its end, its high watermark."""
-        found = [each for each in log if each is not None]
-        if len(found) < len(log) or any(code for code, _ in found):
-            note = "no leader" if len(found) == len(log) else "no such partition"
-            self._ends.pop(part, None)
+        if None in log or any(code for code, _ in log):
+            note = "no such partition" if None in log else "no leader"
             return PartitionLag(part.topic, part.partition, at, None, None, None, None, note)
-        start, end, high = (offset for _, offset in found)
+        start, end, high = (offset for _, offset in log)
         history = self._ends[part]
         if history and end < history[-1][1]:
             history.clear()  # another topic of the same name
@@ -203,25 +207,22 @@ class LagMonitor:
 
     async def _committed(self) -> dict[TopicPartition, int]:
         while True:
-            if self._coordinator is None:
-                self._coordinator = await self._admin.find_coordinator(self.group)
-            answer = await self._admin._send_request(OffsetFetchRequest(self.group, None), self._coordinator)
-            codes = {answer.error_code, *(code for _, parts in answer.topics for *_, code in parts)} - {0}
-            if not codes:
+            try:
+                if self._coordinator is None:
+                    self._coordinator = await self._admin.find_coordinator(self.group)
+                answer = await self._admin._send_request(OffsetFetchRequest(self.group, None), self._coordinator)
+                for code in {answer.error_code, *(code for _, parts in answer.topics for *_, code in parts)} - {0}:
+                    raise for_code(code)
                 return {TopicPartition(topic, part): offset for topic, parts in answer.topics
                         for part, offset, *_ in parts if offset >= 0}  # fmt: skip
-            if not codes & COORDINATOR_MOVED:
-                raise for_code(codes.pop())
-            self._coordinator = None
-            await asyncio.sleep(0.05)
+            except COORDINATOR_MOVED:  # also on a broker to which no group ever came
+                self._coordinator = None
+                await asyncio.sleep(0.05)
 
     async def _learn(self, topics: set[str]) -> None:
         """Which partitions there are, and who leads them (-1: nobody)."""
-        found = await described(self._admin, sorted(topics)) if topics else []
-        self._leaders = {topic: {} for topic in topics}
-        for each in found:
-            if not each["error_code"] or each["error_code"] == 5:
-                self._leaders[each["topic"]] = {part["partition"]: part["leader"] for part in each["partitions"]}
+        known = await described(self._admin, sorted(topics)) if topics else []
+        self._leaders = {each["topic"]: {p["partition"]: p["leader"] for p in each["partitions"]} for each in known}
         self._fresh_until = self._clock() + METADATA_SECONDS
 
     async def _offsets(
@@ -230,16 +231,14 @@ class LagMonitor:
         """Error code and offset of each partition of the topics."""
         level = int((isolation or self._isolation) == "read_committed")
         asked: dict[int, dict[str, list[tuple[int, int]]]] = defaultdict(lambda: defaultdict(list))
-        found: dict[TopicPartition, tuple[int, int]] = {}
+        found = {TopicPartition(topic, part): (5, -1) for topic in topics for part in self._leaders[topic]}
         for topic in topics:
             for part, leader in self._leaders[topic].items():
-                if leader < 0:
-                    found[TopicPartition(topic, part)] = (5, -1)
-                else:
+                if leader >= 0:
                     asked[leader][topic].append((part, which))
-        requests = {leader: OffsetRequest(-1, level, list(parts.items())) for leader, parts in asked.items()}
         send = self._admin._send_request  # aiokafka 0.14 has no public ListOffsets
-        for answer in await asyncio.gather(*(send(request, leader) for leader, request in requests.items())):
+        requests = [send(OffsetRequest(-1, level, list(parts.items())), leader) for leader, parts in asked.items()]
+        for answer in await asyncio.gather(*requests):
             for topic, parts in answer.topics:
                 for part, code, _, offset in parts:
                     found[TopicPartition(topic, part)] = (code, offset)
@@ -276,7 +275,8 @@ class LagMonitor:
         first = self.samples[0].time if self.samples else 0.0
         columns = ["time", *PartitionLag.__dataclass_fields__]
         rows = ((each.time - first, *vars(part).values()) for each in self.samples for part in each.partitions)
-        types = dict.fromkeys(("committed", "start", "end", "lag"), "Int64")
+        types = {"time": "float64", "partition": "int64", "seconds": "float64"}
+        types |= dict.fromkeys(("committed", "start", "end", "lag"), "Int64")
         return pandas.DataFrame(rows, columns=columns).astype(types)
 
 

@@ -25,6 +25,8 @@ from .sampling import curve, sampling
 if TYPE_CHECKING:
     import pandas
 
+ANSWER_SECONDS = 5.0
+
 _REASONS: weakref.WeakKeyDictionary[Any, str] = weakref.WeakKeyDictionary()
 
 
@@ -131,12 +133,14 @@ async def depth(rabbit: RabbitMQ, queue: str, by: Literal["management", "amqp"] 
     The management API needs up to `collect_statistics_interval` to notice; AMQP (a passive declaration) is right at
     once, but does not tell what is unacknowledged. Raises `BrokerError` when there is no such queue, or no answer.
     """
+    if by not in (None, "management", "amqp"):
+        raise ValueError(f"by is management, amqp or None, not {by!r}")
     if by == "amqp" or (by is None and not rabbit.management_url):
         try:
-            async with channel(rabbit) as asking:
+            async with asyncio.timeout(ANSWER_SECONDS), channel(rabbit) as asking:
                 found = (await asking.declare_queue(queue, passive=True)).declaration_result
         except (AMQPError, OSError) as error:
-            raise BrokerError(f"the depth of queue {queue!r} is unknown: {type(error).__name__} {error}") from None
+            raise BrokerError(f"the depth of queue {queue!r} is unknown: {str(error) or 'no answer in time'}") from None
         return Depth(found.message_count or 0, None, found.consumer_count or 0)
     known = await management(rabbit, f"/queues/{vhost(rabbit)}/{quote(queue, safe='')}")
     return Depth(known.get("messages_ready", 0), known.get("messages_unacknowledged", 0), known.get("consumers", 0))
@@ -196,7 +200,7 @@ async def management(rabbit: RabbitMQ, path: str) -> Any:
     address = rabbit.address[1]
     where = urlsplit(address).hostname
     try:
-        async with httpx.AsyncClient(timeout=5) as client:
+        async with httpx.AsyncClient(timeout=ANSWER_SECONDS) as client:
             answer = await client.get(f"{address}/api{path}")
     except httpx.HTTPError as error:
         raise BrokerError(

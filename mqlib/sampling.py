@@ -41,8 +41,11 @@ def age(history: Sequence[tuple[float, int]], offset: int, now: float) -> float 
 async def sampling(monitor: Monitor, every: float) -> AsyncIterator[None]:
     """Takes a sample at once, every `every` seconds, and at the end of the block.
 
-    A moment without an answer counts as `missed`. Raises `BrokerError` when there is no answer to the first.
+    A moment without an answer counts as `missed`. Raises `BrokerError` when there is no answer to the first, and
+    `ValueError` when `every` is not above 0.
     """
+    if not every > 0:
+        raise ValueError(f"every is the seconds between two samples, above 0, not {every!r}")
     await monitor.sample()
 
     async def once() -> None:

@@ -145,8 +145,8 @@ async def take(consumer: AIOKafkaConsumer, count: int, within: float = 5.0) -> l
     records: list[ConsumerRecord] = []
     deadline = time.monotonic() + within
     while len(records) < count and (left := deadline - time.monotonic()) > 0:
-        batch = await poll(consumer, left, count - len(records))
-        records += [record for several in batch.values() for record in several]
+        for several in (await poll(consumer, left, count - len(records))).values():
+            records += several
     return records
 
 

@@ -72,17 +72,22 @@ def consumer_group_lag(kafka: mq.Kafka, group: str) -> dict[tuple[str, int], Row
     }
 
 
-def producer_performance(kafka: mq.Kafka, topic: str, records: int, size: int, **props: str | int) -> float:
-    """Records a second of `kafka-producer-perf-test`: its own clock, so the JVM's start is not in it, warming up is.
+def producer_performance(
+    kafka: mq.Kafka, topic: str, records: int, size: int, warmup: int = 0, **props: str | int
+) -> float:
+    """Records a second of `kafka-producer-perf-test`: its own clock, so the JVM's start is not in it.
 
-    `props` are the producer's settings with underscores for dots: `batch_size=100_000`.
+    Nor are the `warmup` records that it sends first, while the JVM still compiles. `props` are the producer's settings
+    with underscores for dots: `batch_size=100_000`.
     """
     settings = [f"{name.replace('_', '.')}={value}" for name, value in props.items()]
     said = run_tool(
-        kafka, "ProducerPerformance", "--topic", topic, "--num-records", str(records), "--record-size", str(size),
-        "--throughput", "-1", *(["--command-property", *settings] if settings else []),
+        kafka, "ProducerPerformance", "--topic", topic, "--num-records", str(warmup + records),
+        "--record-size", str(size), "--throughput", "-1", *(["--warmup-records", str(warmup)] if warmup else []),
+        *(["--command-property", *settings] if settings else []),
     )  # fmt: skip
-    rates = re.findall(rf"^{records} records sent, ([\d.]+) records/sec", said, re.MULTILINE)
+    kind = "steady state records" if warmup else "records"
+    rates = re.findall(rf"^{records} {kind} sent, ([\d.]+) records/sec", said, re.MULTILINE)
     if not rates:
         raise RuntimeError(f"ProducerPerformance told no rate for {records} records:\n{said}")
     return float(rates[-1])

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
+import signal
 import subprocess
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +19,7 @@ from mqlib import cli
 from mqlib.brokers import BrokerError
 from tests.conftest import NOTEBOOKS, ROOT
 
-COMMANDS = ("lab", "run", "test", "catalog", "doctor", "brokers", "new")
+COMMANDS = ("lab", "run", "test", "bench", "catalog", "doctor", "brokers", "new")
 
 
 def mqlib(*arguments: str, **environment: str) -> subprocess.CompletedProcess[str]:
@@ -37,6 +40,9 @@ def mqlib(*arguments: str, **environment: str) -> subprocess.CompletedProcess[st
         (["test"], {"command": "test", "rest": []}),
         (["test", "tests", "-k", "x"], {"command": "test", "rest": ["tests", "-k", "x"]}),
         (["catalog", "--check"], {"command": "catalog", "check": True, "write": False}),
+        (["bench"], {"command": "bench", "names": [], "out": ROOT / "bench", "quick": False}),
+        (["bench", "ledger", "--quick", "--out", "x"],
+         {"command": "bench", "names": ["ledger"], "out": Path("x"), "quick": True}),
         (["doctor", "--json"], {"command": "doctor", "json": True}),
         (["brokers", "up"], {"command": "brokers", "action": "up"}),
         (["new", "27-claim-check"], {"command": "new", "name": "27-claim-check"}),
@@ -81,6 +87,15 @@ def test_an_unknown_notebook_is_one_line_and_no_traceback() -> None:
     [line] = done.stderr.splitlines()
     assert line.startswith("mqlib: there is no notebook '99'. There are: ")
     assert all(path.stem in line for path in NOTEBOOKS.glob("[0-9][0-9]-*.ipynb"))
+
+
+def test_an_unknown_benchmark_is_one_line_and_no_traceback() -> None:
+    """Before any broker is started; the line names the benchmarks there are."""
+    done = mqlib("bench", "ledger", "kafka_sent", MQLIB_KAFKA_BOOTSTRAP="", MQLIB_RABBITMQ_URL="")
+    assert (done.returncode, done.stdout) == (1, "")
+    [line] = done.stderr.splitlines()
+    assert line == f"mqlib: there is no benchmark 'kafka_sent'. There are: {', '.join(cli.BENCHMARKS)}"
+    assert {"kafka_send", "rabbit_publish", "ledger", "startup"} <= set(cli.BENCHMARKS)
 
 
 def test_an_address_where_nobody_listens_is_one_line_and_no_traceback() -> None:
@@ -177,14 +192,9 @@ def test_brokers_of_the_environment_are_handed_on_and_left_running(
     assert mq.rabbitmq().running
 
 
-@pytest.mark.parametrize(
-    "rest", [[], ["tests/test_cli.py", "-x"], ["-k", "ledger"], ["-x", "--lf"]], ids=lambda rest: " ".join(rest) or "-"
-)
-def test_tests_run_in_the_project_with_the_brokers_addresses(monkeypatch: pytest.MonkeyPatch, rest: list[str]) -> None:
-    """`test` hands pytest its arguments, whatever they begin with, and the addresses; and returns its exit code."""
-    import contextlib
-    import signal
-
+@pytest.fixture
+def started(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[tuple[list[str], Any, dict[str, str]]]]:
+    """What a command starts, instead of starting it: arguments, folder, environment. The exit code is 5."""
     calls: list[tuple[list[str], Any, dict[str, str]]] = []
 
     def call(command: list[str], cwd: Any, env: dict[str, str]) -> int:
@@ -194,10 +204,34 @@ def test_tests_run_in_the_project_with_the_brokers_addresses(monkeypatch: pytest
     monkeypatch.setattr(cli, "shared_brokers", lambda name: contextlib.nullcontext({"MQLIB_ADDRESS": name}))
     monkeypatch.setattr(subprocess, "call", call)
     before = signal.getsignal(signal.SIGTERM)
-    try:
-        assert cli.main(["test", *rest]) == 5
-    finally:
-        signal.signal(signal.SIGTERM, before)
-    [(command, cwd, environment)] = calls
+    yield calls
+    signal.signal(signal.SIGTERM, before)
+
+
+@pytest.mark.parametrize(
+    "rest", [[], ["tests/test_cli.py", "-x"], ["-k", "ledger"], ["-x", "--lf"]], ids=lambda rest: " ".join(rest) or "-"
+)
+def test_tests_run_in_the_project_with_the_brokers_addresses(started: list[Any], rest: list[str]) -> None:
+    """`test` hands pytest its arguments, whatever they begin with, and the addresses; and returns its exit code."""
+    assert cli.main(["test", *rest]) == 5
+    [(command, cwd, environment)] = started
     assert command[1:] == ["-m", "pytest", *rest]
     assert (cwd, environment["MQLIB_ADDRESS"]) == (ROOT, "test")
+
+
+@pytest.mark.parametrize(
+    ("arguments", "handed_on"),
+    [
+        ([], [*cli.BENCHMARKS, "--out", str(ROOT / "bench")]),
+        (["ledger", "--quick", "--out", "there"], ["ledger", "--out", str(Path("there").resolve()), "--quick"]),
+    ],
+    ids=["all", "one"],
+)
+def test_benchmarks_run_in_the_project_with_the_brokers_addresses(
+    started: list[Any], arguments: list[str], handed_on: list[str]
+) -> None:
+    """All of them unless told; the exit code is theirs."""
+    assert cli.main(["bench", *arguments]) == 5
+    [(command, cwd, environment)] = started
+    assert command[1:] == ["-m", "tests.benchmarks", *handed_on]
+    assert (cwd, environment["MQLIB_ADDRESS"]) == (ROOT, "bench")

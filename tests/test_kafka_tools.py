@@ -45,6 +45,8 @@ async def test_the_performance_tools_move_the_records_that_they_count(kafka: mq.
     assert producer_performance(kafka, topic, 2_000, 100, acks="all", batch_size=10_000) > 0
     records = await mq.read(kafka, topic)
     assert (len(records), {len(record.value) for record in records}) == (2_000, {100})
+    assert producer_performance(kafka, topic, 1_000, 100, warmup=500) > 0
+    assert await mq.end_offsets(kafka, topic) == [3_500]
     assert consumer_performance(kafka, topic, 2_000) > 0
 
 

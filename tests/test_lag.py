@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import asyncio
 import dataclasses
-from collections.abc import AsyncIterator, Iterator
+from collections.abc import AsyncIterator, Callable, Iterator
 from contextlib import asynccontextmanager
+from typing import Any
 
 import pytest
 from aiokafka import TopicPartition
@@ -13,7 +14,7 @@ from aiokafka.admin import AIOKafkaAdminClient, NewPartitions, RecordsToDelete
 from hypothesis import given, settings, strategies
 
 import mqlib as mq
-from mqlib import lag
+from mqlib import lag, topics
 from mqlib.lag import GroupLag, LagMonitor, PartitionLag, judge
 from tests.kafka_tools import consumer_group_lag
 
@@ -43,7 +44,8 @@ async def filled(kafka: mq.Kafka, *counts: int) -> str:
 
 
 async def fill(kafka: mq.Kafka, topic: str, *counts: int) -> None:
-    async with mq.producer(kafka) as producer:
+    # An end is what all replicas have: with less than acks=all it comes later, and a commit could be beyond it.
+    async with mq.producer(kafka, acks="all") as producer:
         for partition, count in enumerate(counts):
             await mq.pump(producer, topic, [b"x"] * count, partition=partition)
 
@@ -64,9 +66,9 @@ def notes(found: GroupLag) -> dict[int, str]:
     return {part.partition: part.note for part in found.partitions}
 
 
-async def same_as_kafkas_tool(kafka: mq.Kafka, group: str) -> GroupLag:
+async def same_as_kafkas_tool(kafka: mq.Kafka, group: str, *topics: str) -> GroupLag:
     """The lag, after comparing each partition's commit, end and lag with `kafka-consumer-groups --describe`."""
-    ours = await mq.group_lag(kafka, group)
+    ours = await mq.group_lag(kafka, group, *topics)
     theirs = await asyncio.to_thread(consumer_group_lag, kafka, group)
     assert {(part.topic, part.partition): (part.committed, part.end, part.lag) for part in ours.partitions} == theirs
     return ours
@@ -91,12 +93,25 @@ async def test_a_partition_without_a_commit_is_unknown(kafka: mq.Kafka) -> None:
     assert str(found) == f"lag 0 in 1 partitions; unknown for {topic}-1 (no commit)"
     assert lags(await mq.group_lag(kafka, group, topic, reset="earliest")) == {0: 0, 1: 4}
     assert lags(await mq.group_lag(kafka, group, topic, reset="latest")) == {0: 0, 1: 0}
+    theirs = await asyncio.to_thread(consumer_group_lag, kafka, group)
+    assert theirs == {(topic, 0): (10, 10, 0)}, "without members Kafka's tool is silent about the other"
+    async with mq.consumer(kafka, topic, group_id=group, enable_auto_commit=False) as member:
+        assert len(await mq.take(member, 4, within=20)) == 4
+        await same_as_kafkas_tool(kafka, group, topic)  # with one it prints "-" for commit and lag, not 0
 
 
 async def test_a_group_that_never_was_has_an_unknown_lag(kafka: mq.Kafka) -> None:
     topic, group = await filled(kafka, 3), kafka.name("nobody")
     assert (await mq.group_lag(kafka, group)).total is None
     assert lags(await mq.group_lag(kafka, group, topic)) == {0: None}
+
+
+async def test_a_broker_to_which_no_group_ever_came_and_that_then_dies(monkeypatch: pytest.MonkeyPatch) -> None:
+    """There is no coordinator until somebody asks for one: the lag is unknown, and that is no error."""
+    with mq.kafka(private=True) as fresh:
+        topic = await filled(fresh, 3)
+        assert lags(await mq.group_lag(fresh, fresh.name("first"), topic)) == {0: None}
+        await ends_without_an_answer(fresh, fresh.nodes[0].kill, monkeypatch)
 
 
 async def test_after_retention_it_counts_from_the_start_of_the_log(kafka: mq.Kafka) -> None:
@@ -107,6 +122,7 @@ async def test_after_retention_it_counts_from_the_start_of_the_log(kafka: mq.Kaf
         await client.delete_records({TopicPartition(topic, 0): RecordsToDelete(before_offset=12)})
     found = await mq.group_lag(kafka, group)
     assert (lags(found), notes(found), found.partitions[0].start) == ({0: 8}, {0: "expired"}, 12)
+    assert lags(await mq.group_lag(kafka, group, reset="earliest")) == {0: 8}
     assert lags(await mq.group_lag(kafka, group, reset="latest")) == {0: 0}
     theirs = await asyncio.to_thread(consumer_group_lag, kafka, group)
     assert theirs[topic, 0].lag == 15, "where this becomes 8, the comparison can be used here, too"
@@ -126,6 +142,7 @@ async def test_a_commit_beyond_the_end_is_not_a_negative_lag(kafka: mq.Kafka) ->
 async def test_transactions(kafka: mq.Kafka) -> None:
     """One of 3 records committed, one of 2 aborted, one of 1 open: markers are offsets and no records."""
     topic, group = await mq.topic(kafka, "transactions"), kafka.name("transactions")
+    place = TopicPartition(topic, 0)
     async with mq.producer(kafka, transactional_id=kafka.name("t")) as producer:
         async with producer.transaction():
             for _ in range(3):
@@ -136,9 +153,20 @@ async def test_transactions(kafka: mq.Kafka) -> None:
         await producer.abort_transaction()
         await commit(kafka, group, topic, p0=3)  # as whoever commits the last record's offset + 1
         assert lags(await same_as_kafkas_tool(kafka, group)) == {0: 4}
-        async with LagMonitor(kafka, group, isolation="read_committed") as monitor:
-            assert await monitor.records() == {TopicPartition(topic, 0): 0}, "nothing is left to read"
-        await commit(kafka, group, topic, p0=7)  # as whoever commits the position
+        for isolation, left in (("read_committed", 0), ("read_uncommitted", 2)):
+            async with LagMonitor(kafka, group, isolation=isolation) as monitor:  # type: ignore[arg-type]
+                assert await monitor.records() == {place: left}, f"what is left to read with {isolation}"
+        options: dict[str, Any] = {"enable_auto_commit": False, "isolation_level": "read_committed"}
+        async with mq.consumer(kafka, topic, group_id=group, **options) as consumer:
+
+            async def at_the_end() -> bool:
+                handled.extend(await mq.take(consumer, 1, within=0.1))
+                return bool(consumer.assignment()) and await consumer.position(place) == 7
+
+            handled: list[Any] = []
+            await mq.until(at_the_end, within=20)
+            await consumer.commit()
+        assert handled == [], "it began at 3: nothing was left"
         assert lags(await same_as_kafkas_tool(kafka, group)) == {0: 0}
         await producer.begin_transaction()
         await producer.send_and_wait(topic, b"open")
@@ -169,6 +197,8 @@ async def test_compaction_leaves_fewer_records_than_offsets(kafka: mq.Kafka) -> 
     found = await same_as_kafkas_tool(kafka, group)
     async with LagMonitor(kafka, group) as monitor:
         counted = (await monitor.records())[place]
+        with pytest.raises(TimeoutError):
+            await monitor.records(within=0)
     assert counted == len(await mq.read(kafka, topic))
     assert counted < (found.total or 0) == (await mq.end_offsets(kafka, topic))[0]
 
@@ -178,7 +208,7 @@ async def topics_of(kafka: mq.Kafka) -> set[str]:
         return {*await client.list_topics()}
 
 
-async def test_a_topic_that_is_deleted_stays_deleted(own: mq.Kafka) -> None:
+async def test_a_topic_that_is_deleted_stays_deleted(own: mq.Kafka, monkeypatch: pytest.MonkeyPatch) -> None:
     """Also on a broker that makes every topic that is asked for: asking for a lag is no reason."""
     topic, group, kept = await filled(own, 5), own.name("deleted"), await filled(own, 3)
     await commit(own, group, topic, p0=1)
@@ -194,6 +224,7 @@ async def test_a_topic_that_is_deleted_stays_deleted(own: mq.Kafka) -> None:
 
         await mq.until(gone, within=20)
         before = await topics_of(own)
+        monkeypatch.setattr(topics, "SPREAD_SECONDS", 0.2)
         await monitor.sample()
         with pytest.raises(mq.BrokerError, match="no topic"):
             await mq.end_offsets(own, topic)
@@ -226,6 +257,30 @@ async def test_a_topic_that_is_made_again_has_no_history(own: mq.Kafka) -> None:
         assert monitor.samples[-1].partitions[0].seconds is None, "nobody saw it being written"
 
 
+async def test_a_topic_that_is_made_again_and_grows_has_no_history_either(own: mq.Kafka) -> None:
+    """Although its end is beyond that of the old one: in between it was seen to be gone."""
+    now = 0.0
+    topic, group = await filled(own, 50), own.name("grown")
+    async with LagMonitor(own, group, topic, clock=lambda: now) as monitor:
+        assert notes(await monitor.sample()) == {0: "no commit"}
+        async with admin(own) as client:
+            await client.delete_topics([topic])
+
+        async def gone() -> bool:
+            nonlocal now
+            now += 10
+            return (await monitor.sample()).partitions == ()
+
+        await mq.until(gone, within=20)
+        async with mq.producer(own) as producer:
+            await producer.send_and_wait(topic, b"new")  # this broker makes it again
+        await fill(own, topic, 59)
+        await commit(own, group, topic, p0=55)
+        now += 10
+        found = await monitor.sample()
+        assert (lags(found), found.seconds) == ({0: 5}, None), "nobody saw it being written"
+
+
 async def absent(kafka: mq.Kafka, topic: str) -> bool:
     return topic not in await topics_of(kafka)
 
@@ -246,20 +301,38 @@ async def test_partitions_that_are_added_appear(kafka: mq.Kafka) -> None:
         assert lags(await monitor.sample()) == {0: 3, 1: 0, 2: 4}
 
 
+async def test_a_commit_to_a_partition_that_is_new_is_no_riddle(
+    kafka: mq.Kafka, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """However old the knowledge of partitions is."""
+    monkeypatch.setattr(lag, "METADATA_SECONDS", float("inf"))
+    topic, group = await filled(kafka, 5), kafka.name("new")
+    await commit(kafka, group, topic, p0=2)
+    async with LagMonitor(kafka, group) as monitor:
+        assert lags(await monitor.sample()) == {0: 3}
+        async with admin(kafka) as client:
+            await client.create_partitions({topic: NewPartitions(2)})
+        await fill(kafka, topic, 0, 4)
+        await commit(kafka, group, topic, p1=1)
+        assert lags(await monitor.sample()) == {0: 3, 1: 3}
+
+
 async def test_it_joins_no_group(kafka: mq.Kafka) -> None:
     """A running member keeps its partitions; an empty group keeps its lag, and stays empty."""
     topic, group = await filled(kafka, 6), kafka.name("members")
 
-    async def members() -> int:
+    async def members() -> list[Any]:
         async with admin(kafka) as client:
             [answer] = await client.describe_consumer_groups([group])
-            return len(answer.groups[0][5])
+            return list(answer.groups[0][5])
 
     async with mq.consumer(kafka, topic, group_id=group, enable_auto_commit=False) as consumer:
-        assert len(await mq.take(consumer, 6)) == 6
+        assert len(await mq.take(consumer, 6, within=20)) == 6
         await consumer.commit({TopicPartition(topic, 0): 4})
-        assert (await members(), (await same_as_kafkas_tool(kafka, group)).total, await members()) == (1, 2, 1)
-    assert ((await same_as_kafkas_tool(kafka, group)).total, await members()) == (2, 0)
+        before = await members()
+        assert (len(before), (await same_as_kafkas_tool(kafka, group)).total) == (1, 2)
+        assert await members() == before
+    assert ((await same_as_kafkas_tool(kafka, group)).total, await members()) == (2, [])
 
 
 async def test_it_is_never_negative_while_the_consumer_keeps_up(kafka: mq.Kafka) -> None:
@@ -334,58 +407,103 @@ def test_the_judgement(committed: int | None, start: int, more: int, above: int,
             assert found == (end - start if note == "expired" else None)
 
 
-async def test_sampling_outlives_a_broker_that_freezes_and_one_that_dies(own: mq.Kafka) -> None:
+async def grows(count: Callable[[], int]) -> None:
+    before = count()
+    await mq.until(lambda: count() > before, within=30)
+
+
+async def test_sampling_outlives_a_broker_that_freezes_and_one_that_dies(
+    own: mq.Kafka, monkeypatch: pytest.MonkeyPatch
+) -> None:
     topic, group = await filled(own, 5), own.name("outage")
     await commit(own, group, topic, p0=2)
     async with asyncio.timeout(90), mq.monitor_lag(own, group, every=0.05) as monitor:
-        async with mq.paused(own.nodes[0]):
-            await mq.until(lambda: monitor.missed, within=20)
-        await more_samples(monitor)
-        missed = monitor.missed
-        async with mq.killed(own.nodes[0]):
-            await mq.until(lambda: monitor.missed > missed, within=20)
-        await more_samples(monitor)
+        for fault in (mq.paused, mq.killed):
+            with monkeypatch.context() as impatient:
+                impatient.setattr(lag, "PATIENCE_SECONDS", 0.5)
+                async with fault(own.nodes[0]):
+                    await grows(lambda: monitor.missed)
+            await grows(lambda: len(monitor.samples))
     assert {each.total for each in monitor.samples} == {3}
 
 
-async def more_samples(monitor: LagMonitor) -> None:
-    count = len(monitor.samples)
-    await mq.until(lambda: len(monitor.samples) > count, within=30)
+async def ends_without_an_answer(kafka: mq.Kafka, stop: Callable[[], None], monkeypatch: pytest.MonkeyPatch) -> None:
+    """The block ends within a bounded time, and no other can begin; the error says whose lag is unknown."""
+    topic, group = await filled(kafka, 5), kafka.name("orders")
+    await commit(kafka, group, topic, p0=2)
+    tasks = asyncio.all_tasks()
+    async with asyncio.timeout(60):
+        async with mq.monitor_lag(kafka, group, every=60) as monitor:
+            monkeypatch.setattr(lag, "PATIENCE_SECONDS", 0.5)
+            stop()
+        assert ([each.total for each in monitor.samples], monitor.missed) == ([3], 1)
+        with pytest.raises(mq.BrokerError, match=f"the lag of group '{group}' is unknown: .*bootstrap"):
+            await mq.group_lag(kafka, group)
+        with pytest.raises(mq.BrokerError, match=f"the lag of group '{group}' is unknown: .*bootstrap"):
+            async with mq.monitor_lag(kafka, group):
+                pytest.fail("there was no first sample")
+        await mq.until(lambda: asyncio.all_tasks() <= tasks)  # nothing stays behind in the kernel
 
 
-async def test_without_a_first_answer_it_says_whose_lag_is_unknown(
-    own: mq.Kafka, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(lag, "PATIENCE_SECONDS", 0.5)
+async def test_the_block_ends_although_the_broker_is_frozen(own: mq.Kafka, monkeypatch: pytest.MonkeyPatch) -> None:
+    try:
+        await ends_without_an_answer(own, own.nodes[0].pause, monkeypatch)
+    finally:
+        async with mq.paused(own.nodes[0]):
+            pass  # it resumes, and waits until it is ready
+
+
+async def test_an_answer_that_comes_too_late_is_none(own: mq.Kafka, monkeypatch: pytest.MonkeyPatch) -> None:
     async with LagMonitor(own, "orders") as monitor, mq.paused(own.nodes[0]):
-        with pytest.raises(mq.BrokerError, match="the lag of group 'orders' is unknown: TimeoutError"):
+        monkeypatch.setattr(lag, "PATIENCE_SECONDS", 0.5)
+        with pytest.raises(mq.BrokerError, match="the lag of group 'orders' is unknown: no answer in time"):
             await monitor.sample()
 
 
-async def test_it_follows_the_leader_and_the_coordinator_to_another_node() -> None:
-    with mq.kafka(nodes=3) as cluster:
+async def test_it_follows_the_leader_and_the_coordinator_to_another_node(monkeypatch: pytest.MonkeyPatch) -> None:
+    """It tells no wrong number meanwhile, and soon no question of its goes to the node that is frozen or dead."""
+    monkeypatch.setattr(lag, "METADATA_SECONDS", 0)  # so that each sample asks a node that aiokafka chooses by chance
+    with mq.kafka(nodes=3, private=True) as cluster:
         topic, group = await filled(cluster, 4, 4, 4), cluster.name("moving")
         await commit(cluster, group, topic, p0=1, p1=1, p2=1)
         async with LagMonitor(cluster, group) as monitor:
             assert (await monitor.sample()).total == 9
-            leaders = monitor._leaders[topic]
-            node = next(node for node in cluster.nodes if str(leaders[0]) in node.name)
-            node.kill()
+            monkeypatch.setattr(lag, "PATIENCE_SECONDS", 1.0)
+            for fault in (mq.paused, mq.killed):
+                gone, in_a_row = monitor._coordinator, 0
 
-            async def right() -> bool:
-                try:
-                    return (await monitor.sample()).total == 9
-                except mq.BrokerError:
-                    return False
+                async def settled(gone: int | None = gone) -> bool:
+                    nonlocal in_a_row
+                    try:
+                        in_a_row = in_a_row + 1 if (await monitor.sample()).total == 9 else 0
+                    except mq.BrokerError:
+                        in_a_row = 0
+                    return in_a_row == 25
 
-            await mq.until(right, within=60, every=0.2)
-            assert monitor._leaders[topic][0] != leaders[0]
+                async with fault(next(node for node in cluster.nodes if node.name.endswith(f"-{gone}"))):
+                    await mq.until(settled, within=90)
+                    assert gone not in {monitor._coordinator, *monitor._leaders[topic].values()}
+        assert {each.total for each in monitor.samples} <= {9, None}
 
 
-@pytest.mark.parametrize("wrong", [{"isolation": "dirty"}, {"reset": "none"}])
+@pytest.mark.parametrize("wrong", [{"isolation": "dirty"}, {"reset": "none"}, {"group": "''"}])
 def test_wrong_options_are_named(kafka: mq.Kafka, wrong: dict[str, str]) -> None:
+    options = {"group": "orders"} | wrong | ({"group": ""} if "group" in wrong else {})
     with pytest.raises(ValueError, match=next(iter(wrong.values()))):
-        LagMonitor(kafka, "group", **wrong)  # type: ignore[arg-type]
+        LagMonitor(kafka, **options)  # type: ignore[arg-type]
+
+
+async def test_the_blocks_error_passes_and_nothing_goes_on(kafka: mq.Kafka) -> None:
+    tasks = asyncio.all_tasks()
+
+    async def failing_block() -> None:
+        async with mq.monitor_lag(kafka, kafka.name("failing"), every=0.01) as monitor:
+            await mq.until(lambda: len(monitor.samples) > 2, within=20)
+            raise ZeroDivisionError
+
+    with pytest.raises(ZeroDivisionError):
+        await failing_block()
+    await mq.until(lambda: asyncio.all_tasks() <= tasks)
 
 
 async def test_over_time_it_is_a_frame_and_a_curve(kafka: mq.Kafka) -> None:
@@ -396,10 +514,23 @@ async def test_over_time_it_is_a_frame_and_a_curve(kafka: mq.Kafka) -> None:
         await mq.until(lambda: monitor.samples[-1].total == 2, within=10)
     frame = monitor.frame()
     assert list(frame.columns) == ["time", *(field.name for field in dataclasses.fields(PartitionLag))]
-    assert len(frame) == 2 * len(monitor.samples)
-    assert frame["lag"].dtype == "Int64"
+    assert frame["partition"].to_list() == [0, 1] * len(monitor.samples)
     assert frame["lag"].isna().iloc[0]
     assert frame["lag"].iloc[-2:].to_list() == [2, 0]
     seconds, totals = monitor.curve()
     assert (seconds[0], totals[-1], str(totals[0])) == (0.0, 2.0, "nan")
-    assert seconds == sorted(seconds)
+    assert seconds == sorted(seconds) == frame["time"].to_list()[::2]
+
+
+async def test_a_frame_has_the_same_types_whatever_is_known(kafka: mq.Kafka) -> None:
+    """Of no sample, of one of which nothing is known, of one with everything."""
+    topic, group = await filled(kafka, 3), kafka.name("types")
+    offsets = dict.fromkeys(["committed", "start", "end", "lag"], "Int64")
+    expected = {"time": "float64", "partition": "int64", **offsets, "seconds": "float64"}
+    async with LagMonitor(kafka, group, topic) as monitor:
+        for rows in range(3):
+            frame = monitor.frame()
+            assert len(frame) == rows
+            assert {name: str(frame[name].dtype) for name in expected} == expected
+            await monitor.sample()
+            await commit(kafka, group, topic, p0=3)

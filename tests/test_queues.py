@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import dataclasses
+from contextlib import AsyncExitStack
 from typing import Any
 
 import pytest
@@ -235,6 +236,29 @@ async def test_depth_over_time(rabbit: mq.RabbitMQ, by: Any) -> None:
     with pytest.raises(mq.BrokerError):
         async with mq.monitor_depth(rabbit, "missing", by=by):
             pytest.fail("there is no such queue")
+
+
+async def test_depth_by_something_else_is_refused(rabbit: mq.RabbitMQ) -> None:
+    with pytest.raises(ValueError, match="'http'"):
+        await mq.depth(rabbit, "any", by="http")  # type: ignore[arg-type]
+
+
+async def test_depth_of_a_broker_that_is_frozen_is_missed(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Neither way waits for ever: sampling goes on, and the block ends while nothing answers."""
+    tasks, bys = asyncio.all_tasks(), ("management", "amqp")
+    with mq.rabbitmq(private=True) as own:
+        await mq.declare(own, "tasks", durable=True)
+        async with AsyncExitStack() as until_the_end, asyncio.timeout(60), AsyncExitStack() as blocks:
+            opened = [blocks.enter_async_context(mq.monitor_depth(own, "tasks", 0.02, by)) for by in bys]  # type: ignore[arg-type]
+            monitors = [await each for each in opened]
+            monkeypatch.setattr(queues, "ANSWER_SECONDS", 0.5)
+            await until_the_end.enter_async_context(mq.paused(own.nodes[0]))
+            await mq.until(lambda: all(monitor.missed for monitor in monitors), within=20)
+            missed = [monitor.missed for monitor in monitors]
+            await blocks.aclose()
+            assert all(monitor.missed > before for monitor, before in zip(monitors, missed, strict=True))
+    assert {found for monitor in monitors for _, found in monitor.samples} <= {Depth(0, 0, 0), Depth(0, None, 0)}
+    await mq.until(lambda: asyncio.all_tasks() <= tasks)
 
 
 @pytest.mark.parametrize(

@@ -50,6 +50,29 @@ async def test_the_blocks_error_passes() -> None:
     assert asyncio.all_tasks() == tasks
 
 
+async def test_an_error_that_is_no_missing_answer_ends_the_block() -> None:
+    """It is a fault of ours: nobody should wait for samples that never come."""
+
+    class Broken(Counter):
+        async def sample(self) -> None:
+            await super().sample()
+            if self.taken == 2:
+                raise ZeroDivisionError
+
+    with pytest.raises(ZeroDivisionError):
+        async with sampling(Broken(), every=0.001):
+            await asyncio.Event().wait()
+
+
+@pytest.mark.parametrize("every", [0, -1, float("nan")])
+async def test_an_interval_that_is_none_is_refused(every: float) -> None:
+    monitor = Counter()
+    with pytest.raises(ValueError, match=f"above 0, not {every}"):
+        async with sampling(monitor, every):
+            pytest.fail("it began")
+    assert monitor.taken == 0
+
+
 STEP = strategies.tuples(strategies.integers(1, 9), strategies.integers(0, 9))
 
 

@@ -116,7 +116,7 @@ class ContainerNode(Node):
         return self._state() in ("created", "running", "paused", "restarting")
 
     def control(self, *arguments: str) -> str:
-        if not self.name.startswith("rabbitmq"):
+        if "rabbitmq" not in self.name:
             return super().control(*arguments)
         code, said = self._docker.exec_run(["rabbitmqctl", "--quiet", *arguments])
         if code:

@@ -37,13 +37,12 @@ start, times, lags, ended = time.monotonic(), [], [], Path("ended")
 async def send():
     async with mq.producer(kafka) as producer:
         while not ended.exists():
-            for _ in range(20):
-                await producer.send_and_wait(topic, b"an order")
+            await asyncio.gather(*[producer.send_and_wait(topic, b"an order") for _ in range(20)])
 
 async def read_slowly():
     async with mq.consumer(kafka, topic, group_id=group_id, enable_auto_commit=False) as consumer:
         while not ended.exists():
-            if await mq.take(consumer, 5, within=1):
+            if await mq.take(consumer, 1, within=1):
                 await consumer.commit()
             lags.append((await consumer.end_offsets([part]))[part] - (await consumer.committed(part) or 0))
             times.append(time.monotonic() - start)"""
@@ -55,6 +54,7 @@ async with live(plots.lines, lambda: {"lag": (times, lags)}, title=title, x="sec
         tasks.create_task(send())
         tasks.create_task(read_slowly())
     chart.title = f"A reader that is slow is {lags[-1]:,} records behind in the end"
+check("it falls behind", lags[-1] > lags[0])
 check("the lag was drawn again and again", chart.frames > 2)"""
 
 PANEL = """\
