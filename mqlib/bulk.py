@@ -3,18 +3,17 @@
 from __future__ import annotations
 
 import asyncio
-import contextlib
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence, Sized
 from dataclasses import dataclass, field
-from itertools import cycle
-from typing import Any, NamedTuple
+from functools import partial
+from itertools import chain, cycle
+from typing import Any
 
 import aio_pika
 from aio_pika.abc import AbstractChannel, AbstractExchange, AbstractMessage
 from aio_pika.exceptions import AMQPError, DeliveryError
-from aiokafka import AIOKafkaProducer, errors
-from aiokafka.partitioner import DefaultPartitioner
-from aiokafka.producer.message_accumulator import BatchBuilder
+from aiokafka import AIOKafkaProducer, TopicPartition, errors
+from aiokafka.producer.message_accumulator import BatchBuilder, MessageBatch
 from aiokafka.protocol.admin import DescribeConfigsRequest
 from aiormq.abc import DeliveredMessage
 from aiormq.exceptions import PublishError
@@ -23,16 +22,13 @@ from .brokers import BrokerError
 from .ledger import Journal, Ledger
 from .queues import blocked
 
-OVERHEAD = 100
-"""Bytes that a record may need in a batch beyond its key and value, and the batch itself: 61 + at most 37."""
 DEFAULT_MAX_MESSAGE_BYTES = 1_048_588
 REFUSED = (
     errors.MessageSizeTooLargeError, errors.TopicAuthorizationFailedError, errors.InvalidTopicError,
-    errors.UnknownTopicOrPartitionError, errors.InvalidRequiredAcksError, errors.NotEnoughReplicasError,
-    errors.CorruptRecordException, errors.PolicyViolationError, errors.UnsupportedForMessageFormatError,
-    errors.InvalidTimestampError, errors.ProducerFenced,
+    errors.InvalidRequiredAcksError, errors.CorruptRecordException, errors.PolicyViolationError,
+    errors.UnsupportedForMessageFormatError, errors.InvalidTimestampError, errors.ProducerFenced,
 )  # fmt: skip
-"""Kafka's answers that mean: not stored. After any other error it may be."""
+"""Kafka's answers that mean: not stored, if they answer the first attempt. After any other error it may be."""
 CLOSING_SECONDS = 1.0
 
 
@@ -58,7 +54,7 @@ class Undelivered(BrokerError):
         parts = []
         for word, which in (("failed", outcome.failed), ("outcome unknown, they may be stored", outcome.unknown)):
             if which:
-                place, error = next(iter(which.items()))
+                error = which[place := min(which)]
                 parts.append(f"{len(which)} {word}: number {place}: {type(error).__name__}: {error}")
         super().__init__(f"acknowledged {outcome.acknowledged}; " + "; ".join(parts))
         self.outcome = outcome
@@ -93,68 +89,74 @@ class _Books:  # the outcome, and the ledger besides if there is one
         return self.outcome
 
 
-class _Batch(NamedTuple):  # records for one partition, on their way
-    places: Sequence[int]
-    size: int
-    answer: asyncio.Future[Any]
-
-
 class _Pump:
     """Puts records into batches, and hands full ones to the producer."""
 
     def __init__(self, producer: AIOKafkaProducer, topic: str, books: _Books, limit: int) -> None:
         self._producer, self._topic, self._books, self._limit = producer, topic, books, limit
-        # Where the producer's own size is the smaller one, a record that is too large for it is alone in its batch.
-        self._bounded = limit < producer._message_accumulator._batch_size
-        self.batches: list[_Batch] = []
+        # As `producer.create_batch`, but no larger than the topic allows, less what compression may add where there is
+        # nothing to compress: a thousandth and some 30 bytes. A record that is alone in its batch may be larger.
+        stock, transactions = producer._message_accumulator, producer._txn_manager
+        self._batch = partial(
+            BatchBuilder, min(stock._batch_size, limit - limit // 1000 - 100), stock._compression_type,
+            is_transactional=bool(transactions and transactions.transactional_id),
+            key_serializer=producer._key_serializer, value_serializer=producer._value_serializer,
+        )  # fmt: skip
+        self.waiting: dict[asyncio.Future[Any], Sequence[int]] = {}
+        self.unsent: Sequence[int] = ()
 
     async def _ship(self, builder: BatchBuilder, places: Sequence[int], partition: int) -> None:
-        size = builder.size()
         try:
             answer = await self._producer.send_batch(builder, self._topic, partition=partition)
         except errors.KafkaError as error:
             self._books.failed(places, error)  # it was not handed over
         else:
-            self.batches.append(_Batch(places, size, answer))
+            sending = self._producer._message_accumulator._batches[TopicPartition(self._topic, partition)][-1]
+            self.waiting[answer] = places
             self._books.sent(places)
+            answer.add_done_callback(partial(self._settle, sending))
 
-    def _full(self, builder: BatchBuilder, *parts: bytes) -> bool:
-        return bool(self._bounded and builder.size() + sum(map(len, parts)) + OVERHEAD > self._limit)
+    def _settle(self, sending: MessageBatch, answer: asyncio.Future[Any]) -> None:
+        # Also after the deadline, when nobody is interested: an error that nobody fetches goes to stderr.
+        error, places = answer.exception(), self.waiting.pop(answer, ())
+        if error is None:
+            self._books.acknowledged(places)
+        elif not isinstance(error, REFUSED) or sending.retry_count > 1:  # an attempt before may have been stored
+            self._books.unknown(places, error)
+        else:
+            if isinstance(error, errors.MessageSizeTooLargeError):
+                size = f"{len(sending.get_data_buffer())} bytes with the batch's own 61"
+                error = errors.MessageSizeTooLargeError(f"{size}; the topic's max.message.bytes is {self._limit}")
+            self._books.failed(places, error)
 
     async def keyless(self, left: Iterator[tuple[int, bytes]], partitions: list[int]) -> None:
         """Each batch to the next of the partitions. The loop is tight: see the benchmark `kafka_send`."""
-        bounded, first, place = self._bounded, 0, -1
-        turns = cycle(partitions)
-        builder = self._producer.create_batch()
+        builder, first, place, turns = self._batch(), 0, -1, cycle(partitions)
         try:
             for place, value in left:
-                if (bounded and place > first and self._full(builder, value)) or builder.append(
-                    timestamp=None, key=None, value=value
-                ) is None:
+                if builder.append(timestamp=None, key=None, value=value) is None:
                     await self._ship(builder, range(first, place), next(turns))
-                    first, builder = place, self._producer.create_batch()
+                    first, builder = place, self._batch()
                     builder.append(timestamp=None, key=None, value=value)
             if place >= first:
                 await self._ship(builder, range(first, place + 1), next(turns))
-        except asyncio.CancelledError as error:
-            self._books.failed(range(first, place + 1), error)
+        except BaseException:
+            self.unsent = range(first, place + 1)
             raise
 
     async def keyed(
         self, left: Iterator[tuple[int, tuple[bytes, bytes | None]]], partitions: list[int], fixed: bool
     ) -> None:
         """Each record to its key's partition, or to the only one that is given."""
-        choose, place = DefaultPartitioner(), -1
+        choose, place = self._producer._partitioner, -1
         filling: dict[int, tuple[BatchBuilder, list[int]]] = {}
         try:
             for place, (value, key) in left:
                 number = partitions[0] if fixed else choose(key, partitions, partitions)
-                builder, places = filling.get(number) or (self._producer.create_batch(), [])
-                if (places and self._full(builder, value, key or b"")) or builder.append(
-                    timestamp=None, key=key, value=value
-                ) is None:
+                builder, places = filling.get(number) or (self._batch(), [])
+                if builder.append(timestamp=None, key=key, value=value) is None:
                     await self._ship(builder, places, number)
-                    builder, places = self._producer.create_batch(), []
+                    builder, places = self._batch(), []
                     builder.append(timestamp=None, key=key, value=value)
                 places.append(place)
                 filling[number] = builder, places
@@ -162,25 +164,9 @@ class _Pump:
             for number in list(filling):
                 await self._ship(*filling[number], number)
                 del filling[number]
-        except asyncio.CancelledError as error:
-            unsent = {other for _, places in filling.values() for other in places} | ({place} - {-1})
-            self._books.failed(sorted(unsent), error)
+        except BaseException:
+            self.unsent = sorted({other for _, places in filling.values() for other in places} | ({place} - {-1}))
             raise
-
-    def settle(self, late: BaseException) -> None:
-        """Writes down what became of the batches; those without an answer are unknown, and `late` is the reason."""
-        for places, size, answer in self.batches:
-            if not answer.done():
-                self._books.unknown(places, late)
-            elif (error := asyncio.CancelledError() if answer.cancelled() else answer.exception()) is None:
-                self._books.acknowledged(places)
-            elif isinstance(error, errors.MessageSizeTooLargeError):
-                self._books.failed(places, errors.MessageSizeTooLargeError(
-                    f"{size} bytes with the batch's own 61, before compression; the topic's max.message.bytes is "
-                    f"{self._limit}"
-                ))  # fmt: skip
-            else:
-                (self._books.failed if isinstance(error, REFUSED) else self._books.unknown)(places, error)
 
 
 async def pump(
@@ -195,30 +181,40 @@ async def pump(
     handed over has failed. With a ledger a message's number is its place in the input.
 
     Raises `Undelivered` unless all is acknowledged; with `strict=False` it returns the outcome instead. Raises
-    `BrokerError` for a missing topic, `ValueError` for a missing partition, and for more keys than values or fewer.
+    `BrokerError` for a missing topic, `ValueError` for a missing partition, for more keys than values or fewer, and for
+    a producer that is closed or has `acks=0`.
     """
-    books, late = _Books(ledger), TimeoutError(f"no answer within {within:g} s")
+    if producer._closed:
+        raise ValueError("the producer is closed")
+    if not producer._sender._acks:
+        raise ValueError("the producer has acks=0, so nobody can know what was stored")
+    if isinstance(values, Sized) and isinstance(keys, Sized) and len(values) != len(keys):
+        raise ValueError(f"{len(values)} values and {len(keys)} keys")
+    books, work, deadline = _Books(ledger), None, asyncio.timeout(within)
     left: Iterator[tuple[int, Any]] = enumerate(values if keys is None else zip(values, keys, strict=True))
-    work: _Pump | None = None
     try:
-        async with asyncio.timeout(within):
+        async with deadline:
             limit = await _max_message_bytes(producer, topic)
             partitions = sorted(await producer.partitions_for(topic))
             if partition is not None and partition not in partitions:
                 raise ValueError(f"the topic {topic!r} has the partitions {partitions}, and not {partition}")
             work = _Pump(producer, topic, books, limit)
             chosen = partitions if partition is None else [partition]
-            if keys is None:
-                await work.keyless(left, chosen)
-            else:
-                await work.keyed(left, chosen, fixed=partition is not None)
-            if work.batches:
-                await asyncio.wait([batch.answer for batch in work.batches])
-    except (TimeoutError, errors.UnknownTopicOrPartitionError):
+            await (work.keyless(left, chosen) if keys is None else work.keyed(left, chosen, partition is not None))
+            if work.waiting:
+                await asyncio.wait(work.waiting)
+    except (TimeoutError, errors.UnknownTopicOrPartitionError) as error:
         # aiokafka 0.14 also calls a topic unknown when no broker answers what it asks about it.
-        books.failed((place for place, _ in left), TimeoutError(f"not handed over within {within:g} s"))
-    if work:
-        work.settle(late)
+        if isinstance(error, TimeoutError) and not deadline.expired():
+            raise  # it comes from the input
+        unsent = chain(work.unsent if work else (), (place for place, _ in left))
+        books.failed(unsent, TimeoutError(f"not handed over within {within:g} s"))
+    except TypeError as error:
+        if work and work.unsent:
+            error.add_note(f"Keys and values are bytes; the last that was read is number {work.unsent[-1]}.")
+        raise
+    while work and work.waiting:
+        books.unknown(work.waiting.popitem()[1], TimeoutError(f"no answer within {within:g} s"))
     return books.close(strict)
 
 
@@ -247,8 +243,10 @@ async def pump_messages(
     alarm takes it later. With a ledger a message's number is its place in the input.
 
     Raises `Undelivered` unless all is acknowledged; with `strict=False` it returns the outcome instead. Raises
-    `ValueError` for a channel without confirms.
+    `ValueError` for a channel without confirms and a window below 1, `TypeError` for a body that is neither.
     """
+    if window < 1:
+        raise ValueError(f"a window of {window} lets nothing through")
     books, left, under_way = _Books(ledger), enumerate(bodies), set[int]()
     outer: AbstractChannel = exchange.channel  # type: ignore[attr-defined]
     channel: Any = await outer.get_underlay_channel()
@@ -257,7 +255,9 @@ async def pump_messages(
 
     async def publish() -> None:
         for place, body in left:
-            message = body if not isinstance(body, bytes) else aio_pika.Message(body, delivery_mode=2)
+            message = aio_pika.Message(body, delivery_mode=2) if isinstance(body, bytes) else body
+            if not isinstance(message, AbstractMessage):
+                raise TypeError(f"number {place} is neither bytes nor a message, but {type(body).__name__}")
             if channel.is_closed:
                 books.failed([place], ConnectionError("the channel is closed"))
                 continue
@@ -280,20 +280,17 @@ async def pump_messages(
 
     tasks = [asyncio.create_task(publish()) for _ in range(window)]
     try:
-        _, pending = await asyncio.wait(tasks, timeout=within)
+        _, pending = await asyncio.wait(tasks, timeout=within, return_when=asyncio.FIRST_EXCEPTION)
         if pending:
             reason = await blocked(outer)
-            unanswered = list(under_way)
-            late = TimeoutError(
-                f"no confirm within {within:g} s" + (f": blocked by broker ({reason})" if reason else "")
-            )
-            books.unknown(unanswered, late)
+            why = f": blocked by broker ({reason})" if reason else ""
+            books.unknown(list(under_way), TimeoutError(f"no confirm within {within:g} s{why}"))
     finally:
         for task in tasks:
             task.cancel()
         await asyncio.wait(tasks, timeout=CLOSING_SECONDS)
+    for error in [task.exception() for task in tasks if task.done() and not task.cancelled()]:
+        if error:
+            raise error
     books.failed((place for place, _ in left), TimeoutError(f"not handed over within {within:g} s"))
-    for task in tasks:
-        with contextlib.suppress(asyncio.CancelledError):
-            task.result()
     return books.close(strict)

@@ -96,8 +96,11 @@ async def declare(rabbit: Connectable, queue: str, **options: Any) -> None:
 
     It happens on a connection of its own: RabbitMQ answers a declaration that does not fit the queue that is there by
     closing the channel, and whatever else used that channel would go down with it. Raises `BrokerError`, which names
-    the argument, what was wanted and what is there. See https://www.rabbitmq.com/docs/queues#property-equivalence.
+    the argument, what was wanted and what is there; `ValueError` without a name, since nobody would learn the one that
+    RabbitMQ makes up. See https://www.rabbitmq.com/docs/queues#property-equivalence.
     """
+    if not queue:
+        raise ValueError("a queue that is declared for others needs a name")
     try:
         async with channel(rabbit) as asking:
             await asking.declare_queue(queue, **options)

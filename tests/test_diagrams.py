@@ -181,6 +181,15 @@ def test_an_arrow_to_nowhere_is_a_key_error() -> None:
         plots.topology({"a": ("app", 0, 0)}, [("a", "nowhere", "")], TITLE)
 
 
+def test_a_long_label_fits_between_two_columns() -> None:
+    nodes = {f"node {column}": ("app", column, 0) for column in range(5)}
+    figure = plots.topology(nodes, [("node 1", "node 2", "publish with confirms and retry")], TITLE)
+    figure._repr_png_()
+    start, end, label = (figure.axes[0].texts[at].get_window_extent() for at in (1, 2, -1))
+    assert start.x1 < label.x0
+    assert label.x1 < end.x0
+
+
 def test_kinds_of_a_topology_differ_in_shape_or_line() -> None:
     """But for a queue and a topic, which are the same thing to the two brokers."""
     drawn = {kind: plots.topology({"a": (kind, 0, 0)}, [], TITLE).axes[0].texts[0] for kind in diagrams.KINDS}

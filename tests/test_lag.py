@@ -237,21 +237,28 @@ async def test_a_topic_that_is_deleted_stays_deleted(own: mq.Kafka, monkeypatch:
 async def test_a_topic_that_is_made_again_has_no_history(own: mq.Kafka) -> None:
     """Its ends are not those of the old one; what was committed went with it."""
     clock = iter(range(1000))
-    topic, group = await filled(own, 50), own.name("again")
-    await commit(own, group, topic, p0=50)
+    topic, group = await filled(own, 5), own.name("again")
+    await commit(own, group, topic, p0=5)
     async with LagMonitor(own, group, topic, clock=lambda: float(next(clock))) as monitor:
         await monitor.sample()
+        await fill(own, topic, 45)
+        assert (await monitor.sample()).total == 45
         async with admin(own) as client:
             await client.delete_topics([topic])
             await mq.until(lambda: absent(own, topic), within=20)
         async with mq.producer(own) as producer:
             await producer.send_and_wait(topic, b"new")  # this broker makes it again
+        await fill(own, topic, 7)
         async with LagMonitor(own, group, topic) as fresh:
-            assert lags(await fresh.sample()) == {0: None}, "no commit"
-        await commit(own, group, topic, p0=0)
+
+            async def forgotten() -> bool:
+                return notes(await fresh.sample()) == {0: "no commit"}
+
+            await mq.until(forgotten, within=20)
+        await commit(own, group, topic, p0=6)  # between the two ends that the old one had
 
         async def seen() -> bool:
-            return lags(await monitor.sample()) == {0: 1}
+            return lags(await monitor.sample()) == {0: 2}
 
         await mq.until(seen, within=20)
         assert monitor.samples[-1].partitions[0].seconds is None, "nobody saw it being written"
@@ -360,7 +367,9 @@ async def test_it_is_never_negative_while_the_consumer_keeps_up(kafka: mq.Kafka)
     found = [each.total for each in monitor.samples]
     assert len(found) == 200
     assert all(total is not None and total >= 0 for total in found)
-    committed = [each.partitions[0].committed or 0 for each in monitor.samples]
+    seen = [(part.end, part.committed, part.lag) for each in monitor.samples for part in each.partitions]
+    assert all(end - at == behind for end, at, behind in seen if end is not None and at is not None), "no end is older"
+    committed = [at or 0 for _, at, _ in seen]
     assert committed[-1] > committed[0], "the consumer worked all the while"
 
 

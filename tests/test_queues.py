@@ -267,10 +267,13 @@ async def test_depth_of_a_broker_that_is_frozen_is_missed(monkeypatch: pytest.Mo
         ({"arguments": {"x-message-ttl": 1}}, {"arguments": {"x-message-ttl": 2}}, "x-message-ttl 1, and not 2"),
         ({"durable": True}, {"durable": False}, "durable true, and not false"),
         ({"arguments": {"x-max-length": 5}}, {}, "x-max-length 5, and not none"),
+        ({}, {"auto_delete": True}, "auto_delete false, and not true"),
+        ({"arguments": {"x-overflow": "drop-head"}}, {"arguments": {"x-overflow": "reject-publish"}},
+         "x-overflow drop-head, and not reject-publish"),
         ({}, {"arguments": {"x-dead-letter-exchange": "dlx"}}, "x-dead-letter-exchange none, and not dlx"),
         ({"durable": True, "arguments": {"x-queue-type": "quorum"}}, {"durable": True}, "x-queue-type quorum, and not"),
     ],
-    ids=["ttl", "durable", "max length", "dead letters", "queue type"],
+    ids=["ttl", "durable", "max length", "auto-delete", "two words", "dead letters", "queue type"],
 )  # fmt: skip
 async def test_a_declaration_that_does_not_fit_says_what_is_there(
     rabbit: mq.RabbitMQ, present: dict[str, Any], wanted: dict[str, Any], words: str
@@ -287,7 +290,7 @@ async def test_a_declaration_that_does_not_fit_says_what_is_there(
         await queue.consume(keep)
         await busy.default_exchange.publish(Message(b"before"), name)
         await mq.until(lambda: len(got) == 1)
-        with pytest.raises(mq.BrokerError, match=f"the queue '{name}' is there with {words}"):
+        with pytest.raises(mq.BrokerError, match=f"the queue '{name}' is there with {words}.*Delete it"):
             await mq.declare(rabbit, name, **wanted)
         await busy.default_exchange.publish(Message(b"after"), name)
         await mq.until(lambda: len(got) == 2)
@@ -311,5 +314,9 @@ async def test_what_else_rabbitmq_refuses_is_told_in_its_words(rabbit: mq.Rabbit
             await mq.declare(rabbit, exclusive.name, exclusive=True)
     with pytest.raises(mq.BrokerError, match="ACCESS_REFUSED"):
         await mq.declare(rabbit, "amq.mine")
+    with pytest.raises(mq.BrokerError, match="NOT_FOUND"):
+        await mq.declare(rabbit, rabbit.name("missing"), passive=True)
+    with pytest.raises(ValueError, match="needs a name"):
+        await mq.declare(rabbit, "")
     with pytest.raises(mq.BrokerError, match="PRECONDITION_FAILED"):
         await mq.declare(rabbit, rabbit.name("odd"), arguments={"x-max-length": -1})

@@ -51,6 +51,7 @@ def test_six_looks_can_be_told_apart_in_grey_whatever_they_mean() -> None:
             assert list(looks) == names
             assert all(looks[name][:2] == style.MEANING[name] for name in meant)
             assert all(told_apart(one[:2], two[:2]) for one, two in itertools.combinations(looks.values(), 2)), names
+            assert len({colour for colour, *_ in looks.values()}) == 6, "one colour, one meaning"
 
 
 @pytest.mark.parametrize("meant", [[], ["consumed", "failed"]], ids=len)
@@ -148,12 +149,14 @@ def test_names_of_events_that_are_close_are_below_each_other() -> None:
 
 @pytest.mark.parametrize("log", [False, True])
 def test_events_leave_the_data_room_and_are_all_in_sight(log: bool) -> None:
-    """An event after the last value widens the axis; the names are above the line."""
+    """An event after the last value widens the axis; the names are above the line, and not beside the axes."""
     given = {"early": -1.0, "late": 20.0}
     figure = plots.lines({"lag": ([0, 10], [1, 90])}, TITLE, "s", "records", log_y=log, events=given)
     axes = figure.axes[0]
     assert axes.get_xlim()[0] <= -1
     assert axes.get_xlim()[1] >= 20
+    figure._repr_png_()
+    assert all(text.get_window_extent().x1 <= axes.bbox.x1 for text in axes.texts)
     lowest = min(height for height in events(figure)[0].values()) - 0.08
     assert axes.transAxes.inverted().transform(axes.transData.transform((10, 90)))[1] < lowest
 

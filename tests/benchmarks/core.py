@@ -75,7 +75,7 @@ class Row:
         return (
             self.benchmark, self.contender, number(statistics.median(self.values)),
             f"{number(min(self.values))} – {number(max(self.values))}", self.unit,
-            "" if self.ratio is None else f"{self.ratio:.2f}", self.reference, str(self.promise or ""),
+            "" if self.ratio is None else times(self.ratio), self.reference, str(self.promise or ""),
             ("yes" if self.held else "NO") if self.promise and judged else "",
         )  # fmt: skip
 
@@ -92,6 +92,11 @@ class Row:
 def number(value: float) -> str:
     """Three digits that count, and the whole part of a large one."""
     return f"{value:,.0f}" if abs(value) >= 100 else f"{value:.3g}"
+
+
+def times(ratio: float) -> str:
+    """A ratio: two decimals, and two digits of a small one."""
+    return f"{ratio:.2f}" if ratio >= 0.1 else f"{ratio:.2g}"
 
 
 def rate(count: int, work: Callable[[], Awaitable[object]]) -> Callable[[], Awaitable[float]]:
@@ -168,8 +173,8 @@ def figure(found: Sequence[Row], judged: bool) -> Picture:
             meaning = "neutral" if row.promise is None or not judged else "fixed" if row.held else "failed"
             colour, hatch = MEANING[meaning]
             axes.barh(place, value, 0.7, color=colour, hatch=hatch, edgecolor="white", linewidth=0)
-            axes.annotate(f"{value:.2f}", (value, place), (3, 0), textcoords="offset points", va="center",
-                          fontsize=7)  # fmt: skip
+            clear = max(value, row.promise.bound) if row.promise else value
+            axes.annotate(times(value), (clear, place), (4, 0), textcoords="offset points", va="center", fontsize=7)
             if row.promise:
                 axes.plot([row.promise.bound] * 2, [place - 0.45, place + 0.45], color="black", linewidth=2)
         place += 1
