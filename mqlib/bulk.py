@@ -173,7 +173,7 @@ async def pump(
     producer: AIOKafkaProducer, topic: str, values: Iterable[bytes], keys: Iterable[bytes | None] | None = None,
     partition: int | None = None, within: float = 30.0, ledger: Ledger | Journal | None = None, strict: bool = True,
 ) -> Outcome:  # fmt: skip
-    """Sends `values` in batches of the producer's `max_batch_size`, in order within each partition.
+    """Sends `values`, which end, in batches of the producer's `max_batch_size`, in order within each partition.
 
     The partition is the one given, or the key's; without keys each batch goes to the next one. A batch is never larger
     than the topic's `max.message.bytes`: only a record that is alone too large fails, and the error says its size and

@@ -146,12 +146,8 @@ def _main() -> None:
     names = {"mq": mq, "__name__": "worker"}
     exec(compile(source, f"<{name}>", "exec"), names)
     answer = names[name](*arguments)  # type: ignore[operator]
-    if inspect.isawaitable(answer):
-        asyncio.run(_wait_for(answer))
-
-
-async def _wait_for(answer: Any) -> None:
-    await answer
+    if inspect.iscoroutine(answer):
+        asyncio.run(answer)
 
 
 if __name__ == "__main__":

@@ -4,18 +4,18 @@ from __future__ import annotations
 
 import asyncio
 import dataclasses
-from collections.abc import AsyncIterator, Callable, Iterator
-from contextlib import asynccontextmanager
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import pytest
 from aiokafka import TopicPartition
-from aiokafka.admin import AIOKafkaAdminClient, NewPartitions, RecordsToDelete
+from aiokafka.admin import NewPartitions, RecordsToDelete
 from hypothesis import given, settings, strategies
 
 import mqlib as mq
 from mqlib import lag, topics
 from mqlib.lag import GroupLag, LagMonitor, PartitionLag, judge
+from mqlib.topics import _admin as admin
 from tests.kafka_tools import consumer_group_lag
 
 
@@ -24,16 +24,6 @@ def own() -> Iterator[mq.Kafka]:
     """A Kafka of these tests' own, which makes topics for whoever names one."""
     with mq.kafka(private=True, settings={"auto.create.topics.enable": "true"}) as broker:
         yield broker
-
-
-@asynccontextmanager
-async def admin(kafka: mq.Kafka) -> AsyncIterator[AIOKafkaAdminClient]:
-    client = AIOKafkaAdminClient(**kafka.client)
-    await client.start()
-    try:
-        yield client
-    finally:
-        await client.close()
 
 
 async def filled(kafka: mq.Kafka, *counts: int) -> str:

@@ -201,14 +201,20 @@ def record(ledger: Ledger | Journal, event: str, message: Message, key: str, par
     getattr(ledger, event)(message[1], message[0], *where)
 
 
-@settings(max_examples=1500, deadline=None)
-@given(HISTORIES)
-def test_any_history_gives_what_plain_sets_give(history: list[tuple[str, Message, str, int]]) -> None:
-    """Whatever happens, in whatever order, of whichever producer: each total, list and table agrees."""
+def both_of(history: list[tuple[str, Message, str, int]]) -> tuple[Ledger, Naive]:
+    """The history, told to the ledger and to the naive account."""
     ours, theirs = Ledger(), Naive()
     for event, message, key, partition in history:
         record(ours, event, message, key, partition)
         theirs.record(event, message, key, partition)
+    return ours, theirs
+
+
+@settings(max_examples=1500, deadline=None)
+@given(HISTORIES)
+def test_any_history_gives_what_plain_sets_give(history: list[tuple[str, Message, str, int]]) -> None:
+    """Whatever happens, in whatever order, of whichever producer: each total, list and table agrees."""
+    ours, theirs = both_of(history)
     expected = theirs.account()
     assert {name: getattr(ours, name) for name in expected} == expected
     assert [ours.missing(producer) for producer in PRODUCERS] == [theirs.missing(name) for name in PRODUCERS]
@@ -217,10 +223,7 @@ def test_any_history_gives_what_plain_sets_give(history: list[tuple[str, Message
 @settings(max_examples=50, deadline=None)
 @given(HISTORIES)
 def test_the_tables_say_what_the_totals_say(history: list[tuple[str, Message, str, int]]) -> None:
-    ours, theirs = Ledger(), Naive()
-    for event, message, key, partition in history:
-        record(ours, event, message, key, partition)
-        theirs.record(event, message, key, partition)
+    ours, theirs = both_of(history)
     totals = ours.table().sum()
     for name in ("lost", "duplicated", "reordered", "unknown"):
         assert totals.get(name, 0) == getattr(ours, name)

@@ -174,8 +174,10 @@ class GroupConsumer(ConsumerRebalanceListener):  # type: ignore[misc]
 
     async def _work(self, state: _Partition, key: Any, lane: deque[tuple[ConsumerRecord, list[int]]]) -> None:
         """Handles one lane's records in order, until there is none."""
-        while lane and not state.closed and not self._stopping.is_set():
+        while lane:
             async with self._slots:
+                if state.closed or self._stopping.is_set():  # perhaps only since it waits for a slot
+                    return
                 record, entry = lane.popleft()
                 entry[1] = int(await self._handled(record, state))
                 if not entry[1]:

@@ -13,7 +13,7 @@ from time import perf_counter
 from typing import Protocol
 
 from mqlib.plots import Picture
-from mqlib.style import MEANING
+from mqlib.style import MEANING, short
 
 ROUNDS = 5
 HEADINGS = ("benchmark", "contender", "median", "min – max", "unit", "ratio", "to", "promise", "held")
@@ -73,8 +73,8 @@ class Row:
 
     def cells(self, judged: bool) -> tuple[str, ...]:
         return (
-            self.benchmark, self.contender, number(statistics.median(self.values)),
-            f"{number(min(self.values))} – {number(max(self.values))}", self.unit,
+            self.benchmark, self.contender, short(statistics.median(self.values)),
+            f"{short(min(self.values))} – {short(max(self.values))}", self.unit,
             "" if self.ratio is None else times(self.ratio), self.reference, str(self.promise or ""),
             ("yes" if self.held else "NO") if self.promise and judged else "",
         )  # fmt: skip
@@ -87,11 +87,6 @@ class Row:
             f"{self.benchmark}: {self.contender} is {self.ratio:.3g} × {self.reference}, promised {self.promise} "
             f"({abs(self.ratio / self.promise.bound - 1):.0%} off)"
         )
-
-
-def number(value: float) -> str:
-    """Three digits that count, and the whole part of a large one."""
-    return f"{value:,.0f}" if abs(value) >= 100 else f"{value:.3g}"
 
 
 def times(ratio: float) -> str:

@@ -96,6 +96,7 @@ def test_rabbitmq_is_installed_once_where_we_may(as_processes: pytest.MonkeyPatc
 def test_an_installation_that_fails_shows_why_and_starts_no_service(as_processes: pytest.MonkeyPatch) -> None:
     policy = Path("/usr/sbin/policy-rc.d")
     if not install.may_install():
+        # Only root may write that file, and only apt-get asks it: CI is root on Debian, where this runs.
         pytest.skip("needs root on Debian: the file that forbids services to start lies in /usr/sbin")
     there = policy.exists()
     commands: list[list[str]] = []
