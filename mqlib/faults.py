@@ -118,10 +118,11 @@ async def paused(*nodes: Node) -> AsyncIterator[None]:
             node.pause()
         yield
     finally:
-        for node in nodes:
-            if node.running:
-                node.resume()
-                await asyncio.to_thread(node.wait_until_ready)
+        # All of them first: one server of a cluster may need the others to be ready.
+        frozen = [node for node in nodes if node.running]
+        for node in frozen:
+            node.resume()
+        await asyncio.gather(*(asyncio.to_thread(node.wait_until_ready) for node in frozen))
 
 
 @contextlib.asynccontextmanager
@@ -132,9 +133,8 @@ async def killed(*nodes: Node) -> AsyncIterator[None]:
             node.kill()
         yield
     finally:
-        for node in nodes:
-            if not node.running:
-                await asyncio.to_thread(node.restart, graceful=False)
+        down = [node for node in nodes if not node.running]
+        await asyncio.gather(*(asyncio.to_thread(node.restart, graceful=False) for node in down))
 
 
 @contextlib.asynccontextmanager

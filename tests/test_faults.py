@@ -271,3 +271,16 @@ async def test_a_paused_and_a_killed_node_are_back_after_the_block() -> None:
                     raise ZeroDivisionError
             assert node.running
             assert (await mq.read(broker, topic))[0].value == b"before"
+
+
+async def test_the_nodes_of_a_cluster_come_back_together() -> None:
+    """None of them can be ready before most are there: whoever waited for the first would wait in vain."""
+    with mq.kafka(nodes=3) as cluster:
+        topic = await mq.topic(cluster, "together")
+        async with mq.producer(cluster, acks="all") as producer:
+            await mq.pump(producer, topic, [b"before"])
+        for fault in (faults.paused, faults.killed):
+            async with asyncio.timeout(90), fault(*cluster.nodes):
+                pass
+            assert all(node.running for node in cluster.nodes)
+            assert [record.value for record in await mq.read(cluster, topic, within=30)] == [b"before"]
