@@ -65,8 +65,8 @@ def test_up_status_up_down(cache: Path) -> None:
     up = brokers("up")
     assert (up.returncode, up.stderr) == (0, "")
     exported = dict(re.findall(r"^export (\w+)='([^']*)'$", up.stdout, re.MULTILINE))
-    for name in ("MQLIB_KAFKA_BOOTSTRAP", "MQLIB_RABBITMQ_URL", "MQLIB_RABBITMQ_MANAGEMENT_URL"):
-        assert re.search(r"\b(127\.0\.0\.1|localhost):\d+", exported[name])
+    for name in ("KAFKA_BOOTSTRAP", "RABBITMQ_URL", "RABBITMQ_MANAGEMENT_URL", "RABBITMQ_METRICS_URL"):
+        assert re.search(r"\b(127\.0\.0\.1|localhost):\d+", exported[f"MQLIB_{name}"])
 
     state_file = cache / "brokers.json"
     assert state_file.stat().st_mode & 0o077 == 0, "it holds a password"

@@ -222,6 +222,8 @@ class RabbitMQ(Broker):
     """`amqp://user:password@host:port/vhost`."""
     management_url: str = ""
     """The management API's address with its credentials, without a slash at the end; empty where there is none."""
+    metrics_url: str = ""
+    """Where the first node tells its metrics to Prometheus, without a slash at the end."""
     security: dict[str, Any] = field(default_factory=dict)
     """aio-pika's TLS arguments; empty for a plain listener."""
     secured_by: dict[str, str] = field(default_factory=dict)
@@ -247,5 +249,6 @@ class RabbitMQ(Broker):
         return {
             "MQLIB_RABBITMQ_URL": self.url,
             "MQLIB_RABBITMQ_MANAGEMENT_URL": self.management_url,
+            "MQLIB_RABBITMQ_METRICS_URL": self.metrics_url,
             **self.secured_by,
         }

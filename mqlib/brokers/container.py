@@ -234,7 +234,7 @@ def rabbitmq(nodes: int = 1, settings: Mapping[str, str] | None = None) -> Rabbi
 def _rabbitmq(estate: Estate, count: int, own: dict[str, str]) -> RabbitMQ:
     salt = secrets.token_hex(3)
     names = [f"mqlib-rabbitmq-{salt}-{index + 1}" for index in range(count)]
-    ports = free_ports(2 * count)
+    ports = free_ports(3 * count)
     differs = {**defaults.RABBITMQ, **own}
     clustering = {"cluster_formation.peer_discovery_backend": "classic_config"} if count > 1 else {}
     clustering |= (
@@ -251,16 +251,17 @@ def _rabbitmq(estate: Estate, count: int, own: dict[str, str]) -> RabbitMQ:
             "RABBITMQ_ERLANG_COOKIE": salt,
             "RABBITMQ_SERVER_ADDITIONAL_ERL_ARGS": defaults.RABBITMQ_ERLANG_ARGUMENTS,
         }
-        published = {5672: ports[2 * index], 15672: ports[2 * index + 1]}
+        published = dict(zip((5672, 15672, 15692), ports[3 * index : 3 * index + 3], strict=True))
         container = _container(RABBITMQ_IMAGE, name, published, environment, **_joined(network, name))
         container.with_copy_into_container(configuration.encode(), "/etc/rabbitmq/conf.d/90-mqlib.conf")
         plugins = f"[{','.join(defaults.RABBITMQ_PLUGINS)}]."
         container.with_copy_into_container(plugins.encode(), "/etc/rabbitmq/enabled_plugins")
         servers.append(_launch(estate, name, container))
-    urls = [f"amqp://guest:guest@{HOST}:{ports[2 * index]}/" for index in range(count)]
-    consoles = [f"http://guest:guest@{HOST}:{ports[2 * index + 1]}" for index in range(count)]
+    urls = [f"amqp://guest:guest@{HOST}:{ports[3 * index]}/" for index in range(count)]
+    consoles = [f"http://guest:guest@{HOST}:{ports[3 * index + 1]}" for index in range(count)]
     version = _settle(servers, lambda living: min(probe_rabbitmq(urls[servers.index(node)], {}, 15) for node in living))
     return RabbitMQ(
         provider="container", version=version, nodes=servers, settings=differs,
-        url=urls[0], management_url=consoles[0], addresses=tuple(zip(urls, consoles, strict=True)),
+        url=urls[0], management_url=consoles[0], metrics_url=f"http://{HOST}:{ports[2]}/metrics",
+        addresses=tuple(zip(urls, consoles, strict=True)),
     )  # fmt: skip

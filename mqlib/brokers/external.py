@@ -82,16 +82,16 @@ def rabbitmq() -> RabbitMQ:
     if url.startswith("amqps:"):
         security["ssl_context"] = _tls("MQLIB_RABBITMQ_CA")
     version = probe_rabbitmq(url, security, PROBE_SECONDS)
-    management = os.environ.get("MQLIB_RABBITMQ_MANAGEMENT_URL")
-    if management is None:  # the usual place
-        parts = urlsplit(url)
-        credentials = f"{parts.username or 'guest'}:{parts.password or 'guest'}"
-        management = f"http://{credentials}@{parts.hostname}:15672"
+    parts = urlsplit(url)  # for the usual places
+    credentials = f"{parts.username or 'guest'}:{parts.password or 'guest'}"
+    management = os.environ.get("MQLIB_RABBITMQ_MANAGEMENT_URL", f"http://{credentials}@{parts.hostname}:15672")
+    metrics = os.environ.get("MQLIB_RABBITMQ_METRICS_URL", f"http://{parts.hostname}:15692/metrics")
     broker = RabbitMQ(
         provider="external",
         version=version,
         url=url,
         management_url=management.rstrip("/"),
+        metrics_url=metrics.rstrip("/"),
         security=security,
         secured_by=_carried("MQLIB_RABBITMQ_CA"),
     )

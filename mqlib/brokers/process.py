@@ -267,5 +267,6 @@ def _rabbitmq(estate: Estate, count: int, own: dict[str, str], script: Path, epm
     version = settle(servers, probe)
     return RabbitMQ(
         provider="process", version=version, nodes=servers, settings=differs,
-        url=urls[0], management_url=consoles[0], addresses=tuple(zip(urls, consoles, strict=True)),
+        url=urls[0], management_url=consoles[0], metrics_url=f"http://{HOST}:{ports[2]}/metrics",
+        addresses=tuple(zip(urls, consoles, strict=True)),
     )  # fmt: skip

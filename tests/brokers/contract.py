@@ -6,6 +6,7 @@ import asyncio
 import time
 
 import aio_pika
+import httpx
 import pytest
 from aio_pika.abc import AbstractQueue
 from aiokafka.admin import AIOKafkaAdminClient
@@ -68,6 +69,13 @@ async def first_message(rabbit: mq.RabbitMQ) -> None:
     assert await bodies(rabbit, name) == [b"at once"]
     overview = await queues.management(rabbit, "/overview")
     assert mq.brokers.Version.parse(overview["rabbitmq_version"]) == rabbit.version
+
+
+async def metrics_are_told(rabbit: mq.RabbitMQ) -> None:
+    """Prometheus finds them at once."""
+    async with httpx.AsyncClient() as client:
+        metrics = (await client.get(rabbit.metrics_url)).raise_for_status().text
+    assert f'rabbitmq_version="{rabbit.version}"' in metrics
 
 
 async def topic_survives_faults(kafka: mq.Kafka) -> None:

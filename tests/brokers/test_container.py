@@ -87,6 +87,7 @@ async def test_kafka_is_ready_when_it_is_there(kafka: mq.Kafka) -> None:
 async def test_rabbitmq_is_ready_when_it_is_there_and_is_a_new_one(rabbit: mq.RabbitMQ) -> None:
     assert rabbit.provider == "container"
     assert rabbit.version >= (4, 0)
+    await contract.metrics_are_told(rabbit)
     await contract.first_message(rabbit)
 
 

@@ -130,8 +130,10 @@ async def test_a_management_api_that_is_elsewhere(
     assert (await mq.depth(mq.rabbitmq(), queue)).ready == 0
     clean.setattr(mq.brokers, "_shared", {})
     clean.delenv("MQLIB_RABBITMQ_MANAGEMENT_URL")
+    clean.delenv("MQLIB_RABBITMQ_METRICS_URL")
     rabbit = mq.rabbitmq()
     assert rabbit.management_url == "http://guest:guest@127.0.0.1:15672"
+    assert rabbit.metrics_url == "http://127.0.0.1:15692/metrics"
     rabbit.management_url = (
         f"http://guest:guest@127.0.0.1:{servers.closed_port()}"  # as if nothing were there, for sure
     )

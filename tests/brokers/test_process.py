@@ -44,6 +44,7 @@ async def test_kafka_is_ready_when_it_is_there(own_kafka: mq.Kafka) -> None:
 async def test_rabbitmq_is_ready_when_it_is_there(own_rabbit: mq.RabbitMQ) -> None:
     assert own_rabbit.provider == "process"
     assert own_rabbit.version >= (3, 8)
+    await contract.metrics_are_told(own_rabbit)
     await contract.first_message(own_rabbit)
 
 

@@ -9,6 +9,7 @@ import sys
 from collections.abc import Iterator
 from typing import Any
 
+import httpx
 import pytest
 
 from mqlib.brokers import container, settings, versions
@@ -63,11 +64,12 @@ def test_every_port_is_published_on_loopback_only(tool: list[str]) -> None:
 @pytest.fixture(scope="module")
 def up(tool: list[str]) -> Iterator[dict[str, str]]:
     """The default profile, up, on free ports; the environment that makes notebooks use it."""
-    kafka, amqp, management = free_ports(3)
+    kafka, amqp, management, metrics = free_ports(4)
     ports = {
         "MQLIB_KAFKA_PORT": str(kafka),
         "MQLIB_RABBITMQ_PORT": str(amqp),
         "MQLIB_RABBITMQ_MANAGEMENT_PORT": str(management),
+        "MQLIB_RABBITMQ_METRICS_PORT": str(metrics),
         "COMPOSE_PROJECT_NAME": "mqlib-compose-test",
     }
     environment = {**os.environ, **ports}
@@ -78,9 +80,15 @@ def up(tool: list[str]) -> Iterator[dict[str, str]]:
             "MQLIB_KAFKA_BOOTSTRAP": f"127.0.0.1:{kafka}",
             "MQLIB_RABBITMQ_URL": f"amqp://guest:guest@127.0.0.1:{amqp}/",
             "MQLIB_RABBITMQ_MANAGEMENT_URL": f"http://guest:guest@127.0.0.1:{management}",
+            "MQLIB_RABBITMQ_METRICS_URL": f"http://127.0.0.1:{metrics}/metrics",
         }
     finally:
         subprocess.run([*tool, "down", "-v"], cwd=ROOT, env=environment, capture_output=True, check=True)
+
+
+def test_rabbitmq_tells_its_metrics(up: dict[str, str]) -> None:
+    answer = httpx.get(up["MQLIB_RABBITMQ_METRICS_URL"])
+    assert "rabbitmq_build_info" in answer.text
 
 
 @pytest.mark.timeout(300)
