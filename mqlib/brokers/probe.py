@@ -137,7 +137,10 @@ async def _round_trip_kafka(bootstrap: str, security: dict[str, Any], within: fl
                 if len([count for count in known if count >= replication]) < replication:
                     raise BrokerUnavailable(f"{at}: its servers know {known} of {replication} servers so far")
             topic = f"mq-ready-{secrets.token_hex(4)}"
-            made = await admin.create_topics([NewTopic(topic, 1, replication)])
+            try:
+                made = await admin.create_topics([NewTopic(topic, 1, replication)])
+            except AttributeError:  # aiokafka 0.14, where the metadata name no controller: just after a freeze
+                raise BrokerUnavailable(f"{at}: its servers have no controller so far") from None
             code, text = made.topic_errors[0][1:3]
             if code:
                 raise BrokerUnavailable(f"{at}: cannot create a topic here ({text or f'error {code}'})")

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-from collections.abc import AsyncIterator, Awaitable, Callable
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
 from functools import partial
 from typing import Any
 
@@ -24,12 +24,26 @@ GONE = (AMQPError, ChannelInvalidStateError, OSError)
 """What a call on a channel raises when its connection is lost (`TimeoutError` is an `OSError`)."""
 HEARTBEAT_SECONDS = 10
 CONNECT_SECONDS = 5.0
+OPEN_SECONDS = 30.0
 CLOSE_SECONDS = 2.0
 FIRST_PAUSE, LONGEST_PAUSE = 0.1, 5.0
 
 Setup = Callable[[AbstractChannel], Awaitable[Any]]
 Handler = Callable[[AbstractIncomingMessage], Awaitable[Any]]
 Source = str | Callable[[AbstractChannel], Awaitable[AbstractQueue]]
+
+
+@contextlib.contextmanager
+def uncancelled() -> Iterator[None]:
+    """Turns a cancellation that nobody asked for into `ConnectionError`: so aiormq ends what waits on a channel that
+    closes, and it would pass for a cancellation of the task."""
+    try:
+        yield
+    except asyncio.CancelledError as error:
+        task = asyncio.current_task()
+        if task is None or task.cancelling():
+            raise
+        raise ConnectionError("the connection was lost") from error
 
 
 class ConsumerCancelled(AMQPError):
@@ -54,12 +68,19 @@ class Link:
 
         Waits while there is none: the caller limits that, as in `async with asyncio.timeout(5)`.
         """
+        if self._channel is not None and self._channel.is_closed:  # and has not said so yet
+            self._lose(self._connection, self.error)
         while self._channel is None:
             await self._opened.wait()
         return self._channel
 
     async def open(self) -> None:
         """Connects, and sets the channel up. Raises what the broker or the network says, one of `GONE`."""
+        async with asyncio.timeout(OPEN_SECONDS):
+            with uncancelled():
+                await self._open()
+
+    async def _open(self) -> None:
         client = {"heartbeat": HEARTBEAT_SECONDS, **self._rabbit.client}
         self._connection = connection = await aio_pika.connect(timeout=CONNECT_SECONDS, **client)
         channel = await connection.channel(on_return_raises=True)
@@ -160,13 +181,16 @@ class Consumer:
             self.delivered += 1
             settle: Callable[[], Awaitable[None]] = message.ack
             try:
-                await self._handle(message)
+                with uncancelled():
+                    await self._handle(message)
             except Exception as error:
                 self.errors, self.error = self.errors + 1, error
                 settle = partial(message.reject, requeue=self._requeue)
             if not message.processed:
                 try:
-                    await settle()
+                    async with asyncio.timeout(CLOSE_SECONDS):  # aiormq may wait for ever to write to what is lost
+                        with uncancelled():
+                            await settle()
                 except GONE:
                     self.unsettled += 1
 

@@ -7,7 +7,8 @@ from collections import deque
 from typing import Any
 
 import pytest
-from aiokafka.errors import KafkaConnectionError, MessageSizeTooLargeError
+from aio_pika import Message
+from aiokafka.errors import KafkaConnectionError, KafkaError, MessageSizeTooLargeError
 from hypothesis import given, settings, strategies
 
 import mqlib as mq
@@ -18,6 +19,7 @@ from mqlib.patterns.circuit_breaker import (
     is_failure,
     send_with_circuit_breaker,
 )
+from mqlib.patterns.link import GONE, link
 
 
 class Clock:
@@ -135,6 +137,50 @@ async def test_a_cancelled_probe_frees_its_place() -> None:
     assert await breaker.execute(fine) == "fine"
 
 
+async def test_calls_that_their_callers_cancelled_are_no_failures() -> None:
+    breaker = QueueCircuitBreaker(window=4, minimum=1, clock=Clock())
+    calls = [asyncio.create_task(breaker.execute(asyncio.Event().wait)) for _ in range(20)]
+    await asyncio.sleep(0)
+    for call in calls:
+        call.cancel()
+    await asyncio.wait(calls)
+    assert str(breaker.state) == "closed"
+    with pytest.raises(KafkaConnectionError):
+        await breaker.execute(ill)
+    assert str(breaker.state) == "open", "nor do they dilute a failure: it is one of one"
+
+
+async def test_the_interval_doubles_up_to_the_longest() -> None:
+    clock, intervals = Clock(), list[float]()
+    breaker = await opened(clock, reset_seconds=10, longest_reset=45)
+    for _ in range(5):
+        with pytest.raises(CircuitOpen) as refused:
+            await breaker.execute(fine)
+        intervals.append(refused.value.retry_after)
+        clock.now += refused.value.retry_after
+        with pytest.raises(KafkaConnectionError):
+            await breaker.execute(ill)
+    assert intervals == [10, 20, 40, 45, 45]
+
+
+async def test_a_guard_does_for_a_block_what_execute_does_for_a_call() -> None:
+    clock, done = Clock(), list[str]()
+    breaker = QueueCircuitBreaker(minimum=2, clock=clock, call_seconds=0.05)
+    with pytest.raises(KafkaConnectionError):
+        async with breaker.guard():
+            raise KafkaConnectionError("no answer")
+    with pytest.raises(TimeoutError):
+        async with breaker.guard():
+            await asyncio.Event().wait()
+    with pytest.raises(CircuitOpen):
+        async with breaker.guard():
+            done.append("although it is open")
+    clock.now = 10.0
+    async with breaker.guard():
+        done.append("as a probe")
+    assert (done, str(breaker.state)) == (["as a probe"], "closed")
+
+
 async def test_the_callers_own_mistakes_do_not_open_it() -> None:
     breaker = QueueCircuitBreaker(minimum=2, clock=Clock())
 
@@ -236,3 +282,107 @@ async def test_sending_through_it_to_a_broker_that_freezes_and_comes_back() -> N
     assert (ledger.lost, ledger.duplicated) == (0, 0)
     assert ledger.unknown >= 1
     assert ledger.delivered_although_unacknowledged == ledger.unknown, "a timeout is not a failure: they came later"
+
+
+async def test_a_broker_that_is_killed_in_the_middle_of_sends() -> None:
+    """What was acknowledged is there, what was refused is not; what timed out may be, and is not there twice."""
+    ledger, acknowledged, refused, stop = mq.Ledger(), list[int](), set[int](), asyncio.Event()
+    with mq.kafka(private=True) as kafka:
+        topic = await mq.topic(kafka, "guarded")
+        breaker = QueueCircuitBreaker(minimum=4, reset_seconds=0.2, longest_reset=0.4, call_seconds=0.5)
+        numbers = iter(range(1_000_000))
+
+        async def send_on() -> None:
+            while not stop.is_set():
+                number = next(numbers)
+                ledger.sent(number)
+                try:
+                    await send_with_circuit_breaker(breaker, producer, topic, b"%d" % number)
+                except CircuitOpen as error:
+                    ledger.failed(number)
+                    refused.add(number)
+                    await asyncio.sleep(min(max(error.retry_after, 0.01), 0.05))
+                except (TimeoutError, KafkaError):
+                    pass  # unknown
+                else:
+                    ledger.acknowledged(number)
+                    acknowledged.append(number)
+                    await asyncio.sleep(0.002)
+
+        async with mq.producer(kafka, enable_idempotence=True) as producer, asyncio.TaskGroup() as group:
+            for _ in range(10):
+                group.create_task(send_on())
+            await mq.until(lambda: len(acknowledged) > 100, within=10)
+            async with mq.killed(kafka.nodes[0]):
+                await mq.until(lambda: len(refused) > 20, within=20)
+            before = len(acknowledged)
+            await mq.until(lambda: len(acknowledged) > before + 100, within=30)
+            stop.set()
+        received = [int(record.value) for record in await mq.read(kafka, topic)]
+    for number in received:
+        ledger.received(number)
+    assert (ledger.lost_although_acknowledged, ledger.duplicated, ledger.unexpected) == (0, 0, 0)
+    assert not refused & set(received), "a refused call was not made"
+    assert ledger.unknown >= 4, "those that opened it"
+    assert ledger.lost <= ledger.unknown
+
+
+async def test_a_connection_that_is_cut_while_answers_are_lost(rabbit: mq.RabbitMQ) -> None:
+    """RabbitMQ has what timed out, and not what was refused; and the circuit closes on the new connection."""
+    ledger, outcomes = mq.Ledger(), list[str]()
+    breaker = QueueCircuitBreaker(window=4, minimum=2, reset_seconds=0.1, longest_reset=0.1, call_seconds=0.5)
+    async with mq.channel(rabbit) as near, mq.proxy(rabbit) as network, link(network) as far:
+        queue = await near.declare_queue(rabbit.name("guarded"), durable=True)
+
+        async def publish(number: int) -> None:
+            channel = await far.channel()
+            await channel.default_exchange.publish(Message(b"%d" % number), queue.name)
+
+        async def send() -> str:
+            number = len(outcomes)
+            ledger.sent(number)
+            try:
+                await breaker.execute(lambda: publish(number))
+            except CircuitOpen:
+                ledger.failed(number)
+                outcomes.append("refused")
+            except GONE:
+                outcomes.append("unknown")
+            else:
+                ledger.acknowledged(number)
+                outcomes.append("acknowledged")
+            return outcomes[-1]
+
+        assert [await send() for _ in range(10)] == ["acknowledged"] * 10
+        with network.swallow("down"):  # the connection is reset at its end
+            assert [await send() for _ in range(5)] == ["unknown"] * 2 + ["refused"] * 3
+        await mq.until(lambda: far.reconnects == 1 and breaker.state is State.HALF_OPEN, within=10)
+        assert [await send() for _ in range(10)] == ["acknowledged"] * 10
+        for message in await mq.take_messages(queue, 100, within=0):
+            ledger.received(int(message.body))
+    assert str(ledger) == (
+        "sent 25, acknowledged 20, failed 3, unknown 2, received 22: lost 0, duplicated 0, reordered 0"
+    )
+
+
+async def test_ten_thousand_sends_through_it(kafka: mq.Kafka) -> None:
+    """All are stored, with as many under way at once as there are callers, and the breaker stays out of the way."""
+    ledger, topic = mq.Ledger(), await mq.topic(kafka, "many", partitions=3)
+    breaker = QueueCircuitBreaker(call_seconds=60)
+    numbers = iter(range(10_000))
+    async with mq.producer(kafka, enable_idempotence=True, linger_ms=5) as producer:
+
+        async def send_on() -> None:
+            for number in numbers:
+                ledger.sent(number)
+                await send_with_circuit_breaker(breaker, producer, topic, b"%d" % number)
+                ledger.acknowledged(number)
+
+        async with asyncio.TaskGroup() as group:
+            for _ in range(500):
+                group.create_task(send_on())
+    for record in await mq.read(kafka, topic, within=30):
+        ledger.received(int(record.value))
+    assert ledger.exact
+    assert ledger.table()["acknowledged"].sum() == 10_000
+    assert (breaker.refused, str(breaker.state)) == (0, "closed")
