@@ -16,14 +16,14 @@ from dataclasses import dataclass
 from datetime import datetime
 from typing import Any
 
-from aio_pika import DeliveryMode, ExchangeType, Message
+from aio_pika import ExchangeType
 from aio_pika.abc import AbstractChannel, AbstractExchange, AbstractIncomingMessage, AbstractQueue
 from aio_pika.exceptions import ChannelNotFoundEntity, ChannelPreconditionFailed
 
 from ..brokers.base import BrokerError, Connectable
 from ..queues import channel, declare
 from .link import Consumer, Link, consuming, link
-from .sending import NotSent, Refused, Unconfirmed, Unknown, Unrouted, json_message, send
+from .sending import NotSent, Refused, Unconfirmed, Unknown, Unrouted, bury, json_message, send
 
 __all__ = [
     "Event", "NotSent", "Publisher", "Refused", "Subscription", "Unconfirmed", "Unknown", "Unrouted", "publish_event",
@@ -36,8 +36,6 @@ DURABLE = {
 }  # fmt: skip
 """A durable subscription's queue. An event that kills its subscriber each time is a dead letter after the limit, and no
 dead letter is lost on its way."""
-ERROR_CHARACTERS = 1000
-"""Of an error's words in a dead letter: the headers of a message must fit into one frame."""
 
 
 class Publisher:
@@ -198,20 +196,9 @@ class Subscription:
                 return
 
     async def _bury(self, message: AbstractIncomingMessage, attempt: int, error: BaseException) -> None:
-        """Stores it among the dead letters, with the reason; the acknowledgement follows, so a crash in between doubles
-        it, and never loses it."""
-        headers: dict[str, Any] = {name: value for name, value in message.headers.items() if name != "x-delivery-count"}
-        headers |= {"dead-letter-queue": self.queue.name, "dead-letter-attempts": attempt}
-        headers["dead-letter-error"] = f"{type(error).__name__}: {error}"[:ERROR_CHARACTERS]
-        copy = Message(
-            message.body, headers=headers, message_id=message.message_id, timestamp=message.timestamp,
-            type=message.type, content_type=message.content_type, delivery_mode=DeliveryMode.PERSISTENT,
-        )  # fmt: skip
         self.error = error
-        try:
-            await send(self.consumer.link, copy, message.routing_key or "", self._dead_letters)
-        except Unconfirmed:
-            await message.reject(requeue=False)  # the broker does it, and does not know the reason
+        link, letters = self.consumer.link, self._dead_letters
+        await bury(link, message, error, attempt, self.queue.name, message.routing_key or "", letters)
         self.dead_lettered += 1
 
 

@@ -13,12 +13,15 @@ from datetime import UTC, datetime
 from typing import Any
 
 from aio_pika import DeliveryMode, Message
-from aio_pika.abc import AbstractChannel
+from aio_pika.abc import AbstractChannel, AbstractIncomingMessage
 from aio_pika.exceptions import ChannelInvalidStateError, DeliveryError, PublishError
 
 from ..brokers.base import BrokerError
 from ..queues import blocked
 from .link import GONE, Link, uncancelled
+
+ERROR_CHARACTERS = 1000
+"""What a dead letter says of its error: all its headers must fit into one frame, which RabbitMQ makes 128 kB."""
 
 
 class Unconfirmed(BrokerError):
@@ -97,3 +100,25 @@ async def send(connection: Link, message: Message, routing_key: str, exchange: s
                 if alarm := await blocked(handed_over):
                     why += f": blocked by broker ({alarm})"
         raise Unknown(id, f"{words}{why}; it may be stored") from error
+
+
+async def bury(
+    connection: Link, message: AbstractIncomingMessage, error: BaseException, attempts: int, queue: str,
+    routing_key: str, exchange: str = "",
+) -> None:  # fmt: skip
+    """Stores a copy of a message of `queue` among the dead letters, with the headers `dead-letter-error`, `-attempts`
+    and `-queue`. The caller acknowledges afterwards: a crash in between doubles it, and never loses it.
+
+    When the copy is not confirmed the message is rejected, and the broker does it, which does not know the reason.
+    """
+    headers: dict[str, Any] = {name: value for name, value in message.headers.items() if name != "x-delivery-count"}
+    headers |= {"dead-letter-queue": queue, "dead-letter-attempts": attempts}
+    headers["dead-letter-error"] = f"{type(error).__name__}: {error}"[:ERROR_CHARACTERS]
+    copy = Message(
+        message.body, headers=headers, message_id=message.message_id, timestamp=message.timestamp,
+        type=message.type, content_type=message.content_type, delivery_mode=DeliveryMode.PERSISTENT,
+    )  # fmt: skip
+    try:
+        await send(connection, copy, routing_key, exchange)
+    except Unconfirmed:
+        await message.reject(requeue=False)

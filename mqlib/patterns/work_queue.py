@@ -14,13 +14,12 @@ from collections.abc import AsyncIterator, Awaitable, Callable
 from dataclasses import dataclass
 from typing import Any
 
-from aio_pika import DeliveryMode, Message
 from aio_pika.abc import AbstractIncomingMessage
 
 from ..brokers.base import Connectable
 from ..queues import declare
-from .link import Consumer, Link, consuming, link
-from .sending import Unconfirmed, json_message, send
+from .link import Consumer, Link, consuming, link, uncancelled
+from .sending import bury, json_message, send
 
 
 @dataclass(frozen=True)
@@ -113,7 +112,8 @@ class Worker:
             await self._set_aside(message, attempt, error)
             return
         try:
-            await self._handle(Task(data, message.message_id, attempt))
+            with uncancelled():
+                await self._handle(Task(data, message.message_id, attempt))
         except Exception as error:
             self.failed += 1
             if attempt >= self._attempts:
@@ -125,20 +125,8 @@ class Worker:
             self.done += 1
 
     async def _set_aside(self, message: AbstractIncomingMessage, attempt: int, error: Exception) -> None:
-        """Stores it among the dead letters with the reason; the acknowledgement follows, so a crash in between doubles
-        it, and never loses it."""
-        headers: dict[str, Any] = {name: value for name, value in message.headers.items() if name != "x-delivery-count"}
-        headers |= {"dead-letter-queue": self._queue, "dead-letter-attempts": attempt}
-        # All headers together must fit into one frame (128 kB), else the broker closes the connection.
-        headers["dead-letter-error"] = f"{type(error).__name__}: {error}"[:1000]
-        copy = Message(
-            message.body, headers=headers, message_id=message.message_id,
-            timestamp=message.timestamp, content_type=message.content_type, delivery_mode=DeliveryMode.PERSISTENT,
-        )  # fmt: skip
-        try:
-            await send(self.consumer.link, copy, dead_letters_of(self._queue))
-        except Unconfirmed:
-            await message.reject(requeue=False)  # the broker does it, and does not know the error
+        letters = dead_letters_of(self._queue)
+        await bury(self.consumer.link, message, error, attempt, self._queue, letters)
         self.dead_lettered += 1
 
 

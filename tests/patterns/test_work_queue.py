@@ -86,6 +86,33 @@ async def test_a_task_that_fails_and_then_does_not(rabbit: mq.RabbitMQ) -> None:
     assert await dead_letters(rabbit, queue, 0) == []
 
 
+@pytest.mark.parametrize(
+    "error",
+    [ValueError("x" * 200_000), asyncio.CancelledError()],
+    ids=["an error that fits no frame", "its own cancel"],
+)
+async def test_whatever_a_handler_raises_is_counted_and_holds_nothing_up(
+    rabbit: mq.RabbitMQ, error: BaseException
+) -> None:
+    queue, tries = rabbit.name("raises"), list[int]()
+
+    async def do(task: Task) -> None:
+        if task.data == "bad":
+            tries.append(task.attempt)
+            raise error
+
+    async with (
+        task_queue(rabbit, queue, attempts=2) as tasks,
+        start_worker(rabbit, queue, do, attempts=2, backoff=0.01) as worker,
+    ):
+        await add_task(tasks, "bad")
+        await add_task(tasks, "good")
+        await mq.until(lambda: worker.done == 1 and worker.dead_lettered == 1)
+        assert worker.consumer.link.reconnects == 0
+    [letter] = await dead_letters(rabbit, queue)
+    assert (tries, letter.headers["dead-letter-attempts"]) == ([1, 2], 2)
+
+
 @pytest.mark.parametrize("body", [b"\xff", b"{", b"[" * 100_000], ids=["no text", "no JSON", "too deep"])
 async def test_what_cannot_be_read_is_set_aside_at_once_and_stops_nobody(rabbit: mq.RabbitMQ, body: bytes) -> None:
     queue = rabbit.name("unreadable")
