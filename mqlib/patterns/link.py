@@ -13,8 +13,8 @@ from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
 from functools import partial
 from typing import Any
 
-import aio_pika
 from aio_pika.abc import AbstractChannel, AbstractConnection, AbstractIncomingMessage, AbstractQueue
+from aio_pika.connection import Connection, make_url
 from aio_pika.exceptions import AMQPError, ChannelInvalidStateError
 
 from ..brokers.base import Connectable
@@ -81,8 +81,12 @@ class Link:
                 await self._open()
 
     async def _open(self) -> None:
-        client = {"heartbeat": HEARTBEAT_SECONDS, **self._rabbit.client}
-        self._connection = connection = await aio_pika.connect(timeout=CONNECT_SECONDS, **client)
+        client = dict(self._rabbit.client)
+        # Not `aio_pika.connect`: it drops the connection of an attempt that fails, unclosed, which complains on stderr
+        # when it is collected in another thread.
+        connection = Connection(make_url(client.pop("url"), heartbeat=HEARTBEAT_SECONDS), **client)
+        self._connection = connection
+        await connection.connect(timeout=CONNECT_SECONDS)
         channel = await connection.channel(on_return_raises=True)
         self._lost.clear()
         channel.close_callbacks.add(lambda _, error: self._lose(connection, error))

@@ -1,12 +1,15 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
+import gc
 from types import SimpleNamespace
 from typing import Any
 
 import aio_pika
 import pytest
 from aio_pika.abc import AbstractChannel, AbstractIncomingMessage, AbstractQueue
+from aio_pika.connection import Connection
 from aio_pika.exceptions import ChannelNotFoundEntity, PublishError
 
 import mqlib as mq
@@ -171,6 +174,21 @@ async def test_at_the_end_running_handlers_get_their_time_and_the_rest_goes_back
     async with mq.channel(rabbit) as reading:
         left = await mq.take_messages(await reading.get_queue(queue), 5, within=2 if drain else 5)
     assert sorted(int(message.body) for message in left) == ([2, 3, 4] if drain else [0, 1, 2, 3, 4])
+
+
+def unclosed() -> list[Connection]:
+    return [each for each in gc.get_objects() if isinstance(each, Connection) and not each.is_closed]
+
+
+async def test_every_connection_is_closed_also_of_attempts_that_failed(rabbit: mq.RabbitMQ) -> None:
+    """One that is not complains on stderr, if it is collected in another thread than that of its loop."""
+    before = unclosed()
+    async with contextlib.AsyncExitStack() as stack:
+        async with mq.proxy(rabbit) as proxy:
+            made = await stack.enter_async_context(link(proxy))
+        await mq.until(lambda: "Connect call failed" in str(made.error))
+        error = made.error  # its traceback holds what failed
+    assert [each for each in unclosed() if each not in before] == [], error
 
 
 async def test_what_cannot_be_is_said_at_once(rabbit: mq.RabbitMQ) -> None:
