@@ -81,11 +81,11 @@ class Link:
                 await self._open()
 
     async def _open(self) -> None:
-        client = dict(self._rabbit.client)
+        client = {"heartbeat": HEARTBEAT_SECONDS, **self._rabbit.client}
         # Not `aio_pika.connect`: it drops the connection of an attempt that fails, unclosed, which complains on stderr
         # when it is collected in another thread.
-        connection = Connection(make_url(client.pop("url"), heartbeat=HEARTBEAT_SECONDS), **client)
-        self._connection = connection
+        security = client.pop("ssl_context", None)
+        self._connection = connection = Connection(make_url(**client), ssl_context=security)
         await connection.connect(timeout=CONNECT_SECONDS)
         channel = await connection.channel(on_return_raises=True)
         self._lost.clear()

@@ -13,9 +13,9 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-import aio_pika
 import pytest
 from aio_pika import Message
+from aio_pika.connection import Connection
 from aiormq.exceptions import ChannelLockedResource
 
 import mqlib as mq
@@ -193,15 +193,15 @@ async def test_a_connection_that_ends_before_the_confirm_is_unknown_at_once(name
 
 async def test_many_events_take_one_connection(names: Names, monkeypatch: pytest.MonkeyPatch) -> None:
     made = 0
-    connect = aio_pika.connect
+    connect = Connection.connect
 
-    async def counting(*arguments: Any, **options: Any) -> Any:
+    async def counting(*arguments: Any, **options: Any) -> None:
         nonlocal made
         made += 1
-        return await connect(*arguments, **options)
+        await connect(*arguments, **options)
 
     async with names.subscribe("#", nothing) as subscription:
-        monkeypatch.setattr(aio_pika, "connect", counting)
+        monkeypatch.setattr(Connection, "connect", counting)
         async with publishing(names.rabbit, names.exchange) as publisher:
             await asyncio.gather(*(publish_event(publisher, "event", number) for number in range(100)))
             await mq.until(lambda: subscription.handled == 100)
