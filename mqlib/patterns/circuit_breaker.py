@@ -14,7 +14,11 @@ from collections.abc import Awaitable, Callable
 from enum import StrEnum
 from typing import Any, TypeVar
 
+from aio_pika.exceptions import PublishError
 from aiokafka import AIOKafkaProducer, errors
+from aiormq.exceptions import ChannelAccessRefused, ChannelNotFoundEntity, ChannelPreconditionFailed
+
+from .sending import Unrouted
 
 T = TypeVar("T")
 
@@ -28,7 +32,8 @@ class State(StrEnum):
 
 
 class CircuitOpen(ConnectionError):
-    """The call was refused and not made; `retry_after` seconds from now the next probe may pass."""
+    """The call was refused and not made; `retry_after` seconds from now the next probe may pass. That is 0 while one is
+    under way: nobody knows when it ends."""
 
     def __init__(self, retry_after: float) -> None:
         super().__init__(f"the circuit is open; a probe may pass in {retry_after:.3g} s")
@@ -36,11 +41,10 @@ class CircuitOpen(ConnectionError):
 
 
 REQUEST_ERRORS = (
-    errors.MessageSizeTooLargeError, errors.InvalidTopicError, errors.TopicAuthorizationFailedError, TypeError,
-    ValueError,
+    errors.MessageSizeTooLargeError, errors.InvalidTopicError, errors.TopicAuthorizationFailedError, Unrouted,
+    PublishError, ChannelNotFoundEntity, ChannelAccessRefused, ChannelPreconditionFailed, TypeError, ValueError,
 )  # fmt: skip
-"""The caller's own mistakes: a broker that says so is well. (An unknown topic is none: aiokafka 0.14 says so of a
-broker that does not answer.)"""
+"""The caller's own mistakes. (An unknown topic is none: aiokafka 0.14 says so of a broker that does not answer.)"""
 
 
 def is_failure(error: BaseException) -> bool:
@@ -52,9 +56,11 @@ class QueueCircuitBreaker:
     """Opens when `failure_rate` of the last `window` calls failed (of at least `minimum`).
 
     It stays open for `reset_seconds`, after each failed probe `backoff` times longer, up to `longest_reset`.
-    `call_seconds` limits each call: one that takes longer counts as failed, and its outcome is unknown. `failure` tells
-    failures from the caller's own mistakes, which count as successes: they show that the other side answers.
-    `listeners` are called with the old and the new state. Not for several threads.
+    `call_seconds` limits each call: one that takes longer counts as failed, and its outcome is unknown. Set it where a
+    call may wait for ever, as a send of aiokafka's idempotent producer does: what never ends never fails. `failure`
+    tells failures from the caller's own mistakes, which count as nothing: many are found before the other side is
+    asked. `listeners` are called with the old and the new state; one that raises is reported to the event loop's
+    exception handler. Not for several threads.
     """
 
     def __init__(
@@ -111,13 +117,12 @@ class QueueCircuitBreaker:
             self._probing = True
         return self._generation
 
-    def _release(self, generation: int) -> None:
-        """The call was cancelled: nothing was learnt, and the next caller may probe."""
-        if generation == self._generation:
-            self._probing = False
-
-    def _record(self, generation: int, failed: bool) -> None:
+    def _record(self, generation: int, error: BaseException | None) -> None:
         if generation != self._generation:
+            return
+        failed = error is not None
+        if error is not None and not (isinstance(error, Exception) and self._failure(error)):
+            self._probing = False  # nothing was learnt, as of a call that was cancelled, and the next caller may probe
             return
         if self._state is State.HALF_OPEN:
             self._probing = False
@@ -141,7 +146,11 @@ class QueueCircuitBreaker:
         self._generation += 1
         self._window.clear()
         for listener in self.listeners:
-            listener(before, state)
+            try:
+                listener(before, state)
+            except Exception as error:  # the caller is owed the outcome of its call
+                context = {"message": "a circuit breaker's listener failed", "exception": error}
+                asyncio.get_running_loop().call_exception_handler(context)
 
 
 class _Guard:
@@ -151,9 +160,10 @@ class _Guard:
 
     def __init__(self, breaker: QueueCircuitBreaker) -> None:
         self._breaker = breaker
-        self._limit = None if breaker._call_seconds is None else asyncio.timeout(breaker._call_seconds)
 
     async def __aenter__(self) -> None:
+        seconds = self._breaker._call_seconds
+        self._limit = None if seconds is None else asyncio.timeout(seconds)
         self._generation = self._breaker._admit()
         if self._limit is not None:
             await self._limit.__aenter__()
@@ -163,12 +173,10 @@ class _Guard:
             if self._limit is not None:
                 await self._limit.__aexit__(kind, error, trace)
         except TimeoutError as late:
-            self._breaker._record(self._generation, failed=self._breaker._failure(late))
+            error = late
             raise
-        if error is None or isinstance(error, Exception):
-            self._breaker._record(self._generation, failed=error is not None and self._breaker._failure(error))
-        else:
-            self._breaker._release(self._generation)
+        finally:
+            self._breaker._record(self._generation, error)
 
 
 async def send_with_circuit_breaker(

@@ -4,15 +4,19 @@ from __future__ import annotations
 
 import asyncio
 from collections import deque
+from functools import partial
 from typing import Any
 
 import pytest
 from aio_pika import Message
+from aio_pika.abc import AbstractChannel
+from aio_pika.exceptions import ChannelInvalidStateError
 from aiokafka.errors import KafkaConnectionError, KafkaError, MessageSizeTooLargeError
 from hypothesis import given, settings, strategies
 
 import mqlib as mq
 from mqlib.patterns.circuit_breaker import (
+    REQUEST_ERRORS,
     CircuitOpen,
     QueueCircuitBreaker,
     State,
@@ -20,6 +24,7 @@ from mqlib.patterns.circuit_breaker import (
     send_with_circuit_breaker,
 )
 from mqlib.patterns.link import GONE, link
+from mqlib.patterns.sending import send
 
 
 class Clock:
@@ -181,17 +186,93 @@ async def test_a_guard_does_for_a_block_what_execute_does_for_a_call() -> None:
     assert (done, str(breaker.state)) == (["as a probe"], "closed")
 
 
-async def test_the_callers_own_mistakes_do_not_open_it() -> None:
-    breaker = QueueCircuitBreaker(minimum=2, clock=Clock())
+async def mistake() -> None:
+    raise MessageSizeTooLargeError
 
-    async def mistake() -> None:
-        raise MessageSizeTooLargeError
 
-    for _ in range(20):
+async def make_mistakes(breaker: QueueCircuitBreaker, count: int) -> None:
+    for _ in range(count):
         with pytest.raises(MessageSizeTooLargeError):
             await breaker.execute(mistake)
+
+
+async def test_the_callers_own_mistakes_do_not_open_it() -> None:
+    breaker = QueueCircuitBreaker(minimum=2, clock=Clock())
+    await make_mistakes(breaker, 20)
     assert breaker.state is State.CLOSED
     assert not is_failure(asyncio.CancelledError())
+
+
+async def test_nor_do_they_hide_failures_that_come_between_them() -> None:
+    breaker = QueueCircuitBreaker(window=4, minimum=2, failure_rate=1.0, clock=Clock())
+    for _ in range(2):
+        await make_mistakes(breaker, 3)
+        with pytest.raises(KafkaConnectionError):
+            await breaker.execute(ill)
+    assert breaker.state is State.OPEN, "two of two"
+
+
+async def test_a_mistake_as_the_probe_decides_nothing_and_frees_its_place() -> None:
+    clock = Clock()
+    breaker = await opened(clock)
+    clock.now = 10.0
+    await make_mistakes(breaker, 2)
+    assert breaker.state is State.HALF_OPEN
+    assert await breaker.execute(fine) == "fine"
+    assert str(breaker.state) == "closed"
+
+
+async def test_what_rabbitmq_says_of_a_callers_mistake_is_no_failure(rabbit: mq.RabbitMQ) -> None:
+    """An exchange that is not there, a queue declared otherwise, a message without a queue. A lost channel is one."""
+    async with mq.channel(rabbit) as channel:
+        name = (await channel.declare_queue(rabbit.name("declared"), durable=True)).name
+
+    async def missing_exchange(channel: AbstractChannel) -> object:
+        exchange = await channel.get_exchange(rabbit.name("nowhere"), ensure=False)
+        return await exchange.publish(Message(b""), "key")
+
+    async def other_arguments(channel: AbstractChannel) -> object:
+        return await channel.declare_queue(name, durable=False)
+
+    async def unrouted(channel: AbstractChannel) -> object:
+        return await channel.default_exchange.publish(Message(b""), rabbit.name("nowhere"))
+
+    async def sent_unrouted(channel: AbstractChannel) -> None:
+        async with link(rabbit) as connection:
+            await send(connection, Message(b""), rabbit.name("nowhere"))
+
+    for call in (missing_exchange, other_arguments, unrouted, sent_unrouted):
+        breaker = QueueCircuitBreaker(minimum=1, clock=Clock())
+        async with mq.channel(rabbit, on_return_raises=True) as channel:
+            with pytest.raises(REQUEST_ERRORS):
+                await breaker.execute(partial(call, channel))
+        assert breaker.state is State.CLOSED, call.__name__
+        with pytest.raises(ChannelInvalidStateError):
+            await breaker.execute(partial(unrouted, channel))
+        assert str(breaker.state) == "open", "that channel is gone"
+
+
+async def test_a_listener_that_raises_leaves_the_outcome_alone_and_is_reported() -> None:
+    breaker, reported, heard = QueueCircuitBreaker(minimum=1, clock=Clock()), list[Any](), list[State]()
+    loop = asyncio.get_running_loop()
+    loop.set_exception_handler(lambda _, context: reported.append(context["exception"]))
+
+    def broken(_: State, new: State) -> None:
+        raise ZeroDivisionError
+
+    breaker.listeners += [broken, lambda _, new: heard.append(new)]
+    with pytest.raises(KafkaConnectionError):
+        await breaker.execute(ill)
+    assert (heard, [type(error) for error in reported]) == ([State.OPEN], [ZeroDivisionError])
+
+
+async def test_a_guard_may_be_used_again() -> None:
+    breaker = QueueCircuitBreaker(minimum=1, call_seconds=5)
+    guard = breaker.guard()
+    for _ in range(2):
+        async with guard:
+            await fine()
+    assert breaker.state is State.CLOSED
 
 
 async def test_a_call_that_takes_too_long_counts_as_failed() -> None:
