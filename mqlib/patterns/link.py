@@ -62,16 +62,20 @@ class Link:
         self._connection: AbstractConnection | None = None
         self._channel: AbstractChannel | None = None
         self._opened, self._lost = asyncio.Event(), asyncio.Event()
+        self._ended = False
 
     async def channel(self) -> AbstractChannel:
         """The open channel, with publisher confirms; a message that no queue took raises `PublishError`.
 
-        Waits while there is none: the caller limits that, as in `async with asyncio.timeout(5)`.
+        Waits while there is none: the caller limits that, as in `async with asyncio.timeout(5)`. Raises `RuntimeError`
+        once the block of the link is over.
         """
         if self._channel is not None and self._channel.is_closed:  # and has not said so yet
             self._lose(self._connection, self.error)
-        while self._channel is None:
+        while self._channel is None and not self._ended:
             await self._opened.wait()
+        if self._ended or self._channel is None:
+            raise RuntimeError("this link to RabbitMQ has ended: its block is over")
         return self._channel
 
     async def open(self) -> None:
@@ -123,6 +127,11 @@ class Link:
             else:
                 self.reconnects, pause = self.reconnects + 1, FIRST_PAUSE
 
+    def end(self) -> None:
+        """Nothing is made again: whoever waits for a channel is told."""
+        self._ended = True
+        self._opened.set()
+
     async def close(self) -> None:
         """Closes what is open; a broker that does not answer is not waited for."""
         if self._connection is not None:
@@ -143,6 +152,7 @@ async def link(rabbit: Connectable, setup: Setup | None = None, prefetch: int | 
         async with beside(made.keep()):
             yield made
     finally:
+        made.end()
         await made.close()
 
 

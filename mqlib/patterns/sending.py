@@ -92,7 +92,8 @@ async def send(connection: Link, message: Message, routing_key: str, exchange: s
         raise Refused(id, f"{words}a queue refused it, as a full one does; others may have it") from None
     except Exception as error:  # whatever it is: what was handed over may be stored
         if handed_over is None:
-            raise NotSent(id, f"{words}no connection within {within:g} s ({connection.error})") from error
+            why = f"no connection within {within:g} s ({connection.error})"
+            raise NotSent(id, words + (why if isinstance(error, GONE) else str(error))) from error
         why = f"the connection was lost ({error})"
         if isinstance(error, TimeoutError):
             why = f"no answer within {within:g} s"

@@ -216,6 +216,7 @@ async def test_a_restart_of_the_broker_keeps_what_waits() -> None:
             late = [at for number, at in survivors.came + others.came if number >= 10]
             assert all(at - start >= far / 1000 for at in late)
             assert all(at < back + far / 1000 for at in late), "and their delay did not begin anew"
+            await asyncio.wait_for(safe.channel(), 30)  # the sender is back, too
             async with mq.paused(node):
                 with pytest.raises(Unknown, match=r"no answer within 0\.3 s"):
                     await quorum.send(safe, first, b"20", 10, within=0.3)

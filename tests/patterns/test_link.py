@@ -14,6 +14,7 @@ from aio_pika.exceptions import ChannelNotFoundEntity, PublishError
 
 import mqlib as mq
 from mqlib.patterns.link import Link, consuming, link
+from mqlib.patterns.sending import NotSent, json_message, send
 
 
 async def publish(made: Link, queue: str, *numbers: int) -> None:
@@ -189,6 +190,21 @@ async def test_every_connection_is_closed_also_of_attempts_that_failed(rabbit: m
         await mq.until(lambda: "Connect call failed" in str(made.error))
         error = made.error  # its traceback holds what failed
     assert [each for each in unclosed() if each not in before] == [], error
+
+
+async def test_a_link_whose_block_is_over_says_so_to_who_asks_and_to_who_waits(rabbit: mq.RabbitMQ) -> None:
+    """Not: wait for a connection that nobody makes any more."""
+    async with contextlib.AsyncExitStack() as stack:
+        async with mq.proxy(rabbit) as proxy:
+            made = await stack.enter_async_context(link(proxy))
+        await mq.until(lambda: "Connect call failed" in str(made.error))
+        waiting = asyncio.create_task(made.channel())
+        await asyncio.sleep(0)
+    for late in (waiting, made.channel()):
+        with pytest.raises(RuntimeError, match="its block is over"):
+            await asyncio.wait_for(late, 30)
+    with pytest.raises(NotSent, match="its block is over"):
+        await asyncio.wait_for(send(made, json_message(1), "any", within=60), 30)
 
 
 async def test_what_cannot_be_is_said_at_once(rabbit: mq.RabbitMQ) -> None:
