@@ -6,6 +6,7 @@ import gc
 import re
 import shutil
 import socket
+import sys
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -21,7 +22,7 @@ from mqlib.brokers.base import Node, Version
 from mqlib.brokers.versions import KAFKA_VERSION
 from tests.brokers import contract
 from tests.brokers.conftest import told
-from tests.processes import LOOPBACK, descendants, is_alive, listening, names
+from tests.processes import LOOPBACK, descendants, eventually, is_alive, listening, names
 
 Start = Callable[..., mq.Kafka | mq.RabbitMQ]
 KINDS = pytest.mark.parametrize("start", [mq.kafka, mq.rabbitmq], ids=["kafka", "rabbitmq"])
@@ -182,6 +183,25 @@ async def test_kafka_survives_faults(breakable_kafka: mq.Kafka) -> None:
 
 async def test_rabbitmq_survives_faults(breakable_rabbit: mq.RabbitMQ) -> None:
     await contract.queue_survives_faults(breakable_rabbit)
+
+
+@pytest.mark.skipif(not Path("/proc/self/task").exists(), reason="only Linux says which thread has stopped")
+def test_a_paused_server_has_stopped_with_all_its_threads(tmp_path: Path) -> None:
+    """The signal is only the beginning: on a busy machine a thread may answer a client for a while after it."""
+    work = "import threading as t\ndef on():\n while True: pass\nfor _ in range(8): t.Thread(target=on).start()"
+    estate = ownership.Estate()
+    node = process.ProcessNode("busy", estate, [sys.executable, "-c", work], {}, tmp_path, 0)
+    node.start()
+    try:
+        threads = Path(f"/proc/{node.pid}/task")
+        eventually(lambda: len(list(threads.iterdir())) == 9, within=20)
+        for _ in range(20):
+            node.pause()
+            states = [file.read_text().rpartition(")")[2].split()[0] for file in threads.glob("*/stat")]
+            node.resume()
+            assert states == ["T"] * 9
+    finally:
+        estate.close()
 
 
 def test_a_node_shows_its_own_log(breakable_kafka: mq.Kafka, breakable_rabbit: mq.RabbitMQ) -> None:
