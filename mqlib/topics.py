@@ -105,8 +105,8 @@ async def _cancel(task: asyncio.Task[Any] | None) -> None:
 async def producer(kafka: Connectable, **options: Any) -> AsyncIterator[AIOKafkaProducer]:
     """`AIOKafkaProducer(**kafka.client, **options)`, started, and stopped at the end of the block."""
     client = AIOKafkaProducer(**kafka.client, **options)
-    await client.start()
     try:
+        await client.start()
         yield client
     finally:
         await _stop(client)
@@ -119,8 +119,8 @@ async def consumer(kafka: Connectable, *topics: str, **options: Any) -> AsyncIte
     It reads from the earliest offset unless told otherwise, since here the records mostly come first.
     """
     client = AIOKafkaConsumer(*topics, **kafka.client, **{"auto_offset_reset": "earliest", **options})
-    await client.start()
     try:
+        await client.start()
         yield client
     finally:
         await _stop(client)

@@ -3,16 +3,19 @@
 from __future__ import annotations
 
 import asyncio
+import gc
 import logging
 import subprocess
 import sys
 import textwrap
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 from aiokafka import AIOKafkaProducer, ConsumerRecord
 from aiokafka.admin import AIOKafkaAdminClient
 from aiokafka.admin.config_resource import ConfigResource, ConfigResourceType
+from aiokafka.errors import KafkaConnectionError
 
 import mqlib as mq
 from mqlib import topics
@@ -316,3 +319,33 @@ async def test_poll_is_back_in_time_although_nobody_can_end_the_rebalance() -> N
             async with asyncio.timeout(10):
                 assert await topics.poll(consumer, 0.1) == {}
                 assert await mq.take(consumer, 1, within=0.2) == []
+
+
+@pytest.mark.parametrize("silent", [False, True], ids=["nobody listens", "nobody answers"])
+@pytest.mark.parametrize(
+    ("kind", "options"),
+    [
+        (mq.producer, {}),
+        (mq.producer, {"transactional_id": "id"}),
+        (mq.consumer, {}),
+        (mq.consumer, {"group_id": "id"}),
+    ],
+    ids=["producer", "transactional", "consumer", "member"],
+)
+async def test_a_client_that_could_not_start_is_closed(kind: Any, options: dict[str, Any], silent: bool) -> None:
+    """One that is not complains on stderr when it is collected."""
+    complaints = list[Any]()
+    asyncio.get_running_loop().set_exception_handler(lambda _, context: complaints.append(context))
+
+    async def hang(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        await reader.read()
+        writer.close()
+
+    async with await asyncio.start_server(hang, "127.0.0.1", 0) as server:
+        port = server.sockets[0].getsockname()[1] if silent else 1
+        nowhere: Any = SimpleNamespace(client={"bootstrap_servers": f"127.0.0.1:{port}"})
+        with pytest.raises((KafkaConnectionError, TimeoutError)):
+            async with asyncio.timeout(0.5 if silent else 30), kind(nowhere, **options):
+                pass
+        gc.collect()
+    assert complaints == []

@@ -9,20 +9,21 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import time
-from collections import deque
+from collections import defaultdict, deque
 from collections.abc import AsyncIterator, Awaitable, Callable, Collection
 from dataclasses import dataclass, field
-from typing import Any, Literal
+from typing import Any, Literal, cast
 
 from aiokafka import ConsumerRebalanceListener, ConsumerRecord, TopicPartition
-from aiokafka.errors import CommitFailedError, IllegalStateError, KafkaError
+from aiokafka.errors import CommitFailedError, IllegalStateError
 
 from ..brokers.base import Connectable
 from ..topics import consumer, poll, producer
 from ..waiting import beside
 
 Handler = Callable[[ConsumerRecord], Awaitable[None]]
-POLL_SECONDS = 0.1
+POLL_SECONDS = 0.05
+TURN_SECONDS = 0.01  # of all workers together, before they let other lanes, and whatever else is in this loop, go on
 COMMIT_SECONDS = 5.0
 
 
@@ -55,20 +56,17 @@ class HandlerFailed(Exception):
 class _Partition:
     """Records of one partition between fetch and commit."""
 
-    def __init__(self, position: int) -> None:
-        self.open: deque[list[int]] = deque()  # [offset, 1 when done], in the order of the log
-        self.position = position  # the fetch position: beyond the last record and the transaction markers behind it
-        self.committed = position  # where this assignment began
+    def __init__(self) -> None:
+        # By key, or all in one. A record leaves when it is done with, and its lane when that is empty.
+        self.lanes: dict[Any, deque[ConsumerRecord]] = {}
+        self.position = self.committed = -1  # beyond what was fetched or handled, and the transaction markers behind it
         self.closed = self.lost = False
-        self.lanes: dict[Any, deque[tuple[ConsumerRecord, list[int]]]] = {}
-        self.tasks: set[asyncio.Task[None]] = set()
+        self.tasks: set[asyncio.Task[None]] = set()  # that have one of the lanes in hand
 
     @property
     def committable(self) -> int:
         """The first offset that is not handled."""
-        while self.open and self.open[0][1]:
-            self.open.popleft()
-        return self.open[0][0] if self.open else self.position
+        return min((lane[0].offset for lane in self.lanes.values()), default=self.position)
 
 
 @dataclass(frozen=True)
@@ -76,7 +74,7 @@ class Policy:
     """How a consumer treats its records; times in seconds."""
 
     by: Literal["partition", "key"] = "partition"
-    """What stays in order: all records of a partition, or those with the same key (more run at once)."""
+    """What stays in order: all records of a partition, or those with the same key or without one (more run at once)."""
     concurrency: int = 16
     """Handlers that run at once."""
     attempts: int = 1
@@ -89,8 +87,7 @@ class Policy:
     drain: float = 5.0
     """How long running handlers may take to finish when a partition is revoked, or at the end."""
     max_buffered: int = 2000
-    """Offsets of one partition between the first that is not handled and the last that is fetched; beyond it the
-    partition is paused."""
+    """Offsets of a partition from the first that is not handled to the last that is fetched; then it is paused."""
 
 
 class GroupConsumer(ConsumerRebalanceListener):  # type: ignore[misc]
@@ -100,27 +97,26 @@ class GroupConsumer(ConsumerRebalanceListener):  # type: ignore[misc]
         self, kafka: Connectable, topics: Collection[str], group: str, handle: Handler, policy: Policy,
         options: dict[str, Any],
     ) -> None:  # fmt: skip
-        self.report = Report()
-        self.started = asyncio.Event()
+        self.report, self.started = Report(), asyncio.Event()
         self._kafka, self._topics, self._group, self._handle, self._policy = kafka, topics, group, handle, policy
         self._options = options
-        self._slots = asyncio.Semaphore(policy.concurrency)
         self._parts: dict[TopicPartition, _Partition] = {}
-        self._stopping = asyncio.Event()
+        self._ready: deque[tuple[_Partition, Any]] = deque()  # lanes that wait for a worker, as partition and key
+        self._workers: set[asyncio.Task[None]] = set()
+        self._committing = asyncio.Lock()
+        self._stopping = False
         self._error: Exception | None = None
-        self._rebalancing = True
 
     def stop(self) -> None:
         """Asks it to finish: running handlers get `drain` seconds, and what is handled is committed."""
-        self._stopping.set()
+        self._stopping = True
 
     async def run(self) -> Report:
         """Works until `stop`. Raises `HandlerFailed` for a record that failed for good and has nowhere to go."""
         async with contextlib.AsyncExitStack() as stack:
             if self._policy.dead_letters:
-                self._producer = await stack.enter_async_context(
-                    producer(self._kafka, acks="all", enable_idempotence=True)
-                )
+                letters = producer(self._kafka, acks="all", enable_idempotence=True)
+                self._producer = await stack.enter_async_context(letters)
             # A rebalance waits that long for this member, which first lets its handlers finish.
             patience = int((self._policy.drain + 5) * 1000)
             options = {"enable_auto_commit": False, "group_id": self._group, "rebalance_timeout_ms": patience}
@@ -129,7 +125,7 @@ class GroupConsumer(ConsumerRebalanceListener):  # type: ignore[misc]
             self.started.set()
             due = time.monotonic()
             try:
-                while not self._stopping.is_set():
+                while not self._stopping:
                     await self._poll()
                     if time.monotonic() >= due:
                         await self._commit(self._parts)
@@ -141,69 +137,76 @@ class GroupConsumer(ConsumerRebalanceListener):  # type: ignore[misc]
         return self.report
 
     async def _poll(self) -> None:
-        assigned = self._consumer.assignment()
-        limit = self._policy.max_buffered
-        held = {part for part, state in self._parts.items() if state.committable + limit <= state.position}
-        self._consumer.pause(*(held & assigned))
-        self._consumer.resume(*((self._consumer.paused() - held) & assigned))
+        full = self._policy.max_buffered
+        held = {part for part, state in self._parts.items() if state.position - state.committable >= full}
+        self._consumer.pause(*(held & self._consumer.assignment()))
+        self._consumer.resume(*(self._consumer.paused() - held))
         # Also when all is paused: whoever does not ask for max.poll.interval.ms is taken for dead.
         for part, records in (await poll(self._consumer, 0.01 if held else POLL_SECONDS)).items():
+            self._accept(self._parts.setdefault(part, _Partition()), records)
+        self._workers = {task for task in self._workers if not task.done()}
+        for _ in range(min(len(self._ready), self._policy.concurrency - len(self._workers))):
+            self._workers.add(asyncio.create_task(self._work()))
+        await asyncio.sleep(0)  # what is handled at once need not be held
+
+    def _accept(self, state: _Partition, records: list[ConsumerRecord]) -> None:
+        state.position = records[-1].offset + 1
+        lanes: dict[Any, list[ConsumerRecord]] = {None: records}
+        if self._policy.by == "key":
+            lanes = defaultdict(list)
             for record in records:
-                self._accept(part, record)
-        for part in self._consumer.assignment():
-            # It may be revoked in this moment, or have no position yet while the broker is gone.
-            with contextlib.suppress(IllegalStateError, TimeoutError):
-                async with asyncio.timeout(COMMIT_SECONDS):
-                    position = await self._consumer.position(part)
-                if not self._rebalancing:
-                    state = self._parts.setdefault(part, _Partition(position))
-                    state.position = max(state.position, position)
+                lanes[record.key].append(record)
+        for key, more in lanes.items():
+            lane = state.lanes.setdefault(key, deque())
+            if not lane:
+                self._ready.append((state, key))
+            lane.extend(more)
 
-    def _accept(self, part: TopicPartition, record: ConsumerRecord) -> None:
-        state = self._parts.setdefault(part, _Partition(record.offset))
-        entry = [record.offset, 0]
-        state.open.append(entry)
-        key = (part, record.key) if self._policy.by == "key" and record.key is not None else (part,)
-        lane = state.lanes.get(key)
-        if lane is None:
-            lane = state.lanes[key] = deque()
-            task = asyncio.create_task(self._work(state, key, lane))
+    async def _work(self) -> None:
+        """Works on lane after lane, a turn each, until none is ready."""
+        task = cast("asyncio.Task[None]", asyncio.current_task())
+        end = time.monotonic() + TURN_SECONDS / len(self._workers)
+        while self._ready:
+            state, key = self._ready.popleft()
             state.tasks.add(task)
-            task.add_done_callback(state.tasks.discard)
-        lane.append((record, entry))
+            if not await self._turn(state, key, end, task):
+                return
+            state.tasks.discard(task)
+            if state.lanes[key]:
+                self._ready.append((state, key))
+            else:
+                del state.lanes[key]
+            if time.monotonic() >= end:
+                await asyncio.sleep(0)
+                end = time.monotonic() + TURN_SECONDS / len(self._workers)
 
-    async def _work(self, state: _Partition, key: Any, lane: deque[tuple[ConsumerRecord, list[int]]]) -> None:
-        """Handles one lane's records in order, until there is none."""
-        while lane:
-            async with self._slots:
-                if state.closed or self._stopping.is_set():  # perhaps only since it waits for a slot
-                    return
-                record, entry = lane.popleft()
-                entry[1] = int(await self._handled(record, state))
-                if not entry[1]:
-                    return  # nothing after it in this lane
-        state.lanes.pop(key, None)
-
-    async def _handled(self, record: ConsumerRecord, state: _Partition) -> bool:
-        """Whether the record is done with: handled, or dead-lettered."""
-        for attempt in range(1, self._policy.attempts + 1):
+    async def _turn(self, state: _Partition, key: Any, end: float, task: asyncio.Task[None]) -> bool:
+        """Handles records of a lane in order, one at least; returns whether the lane may go on."""
+        lane, failures = state.lanes[key], 0
+        while not (state.closed or self._stopping):
             try:
-                await self._handle(record)
-            except Exception as error:
+                await self._handle(lane[0])
+            except (Exception, asyncio.CancelledError) as error:
+                if task.cancelling():  # else it was not this task that was cancelled, but what the handler waited for
+                    raise
+                failures += 1
                 self.report.failed += 1
-                if attempt == self._policy.attempts:
-                    return await self._bury(record, error, attempt)
-                await asyncio.sleep(self._policy.backoff * 2 ** (attempt - 1))
-                if state.closed or self._stopping.is_set():
+                if failures < self._policy.attempts:
+                    await asyncio.sleep(self._policy.backoff * 2 ** (failures - 1))
+                    continue
+                if not await self._bury(lane[0], error, failures):
                     break
             else:
                 self.report.handled += 1
+            failures = 0
+            lane.popleft()
+            if not lane or time.monotonic() >= end:
                 return True
         return False
 
-    async def _bury(self, record: ConsumerRecord, error: Exception, attempt: int) -> bool:
+    async def _bury(self, record: ConsumerRecord, error: BaseException, attempt: int) -> bool:
         """Stores the record in the dead-letter topic, or ends the run; returns whether it may be committed."""
-        if self._policy.dead_letters:
+        if topic := self._policy.dead_letters:
             about = {
                 "topic": record.topic, "partition": record.partition, "offset": record.offset,
                 "timestamp": record.timestamp, "group": self._group, "attempts": attempt,
@@ -211,74 +214,74 @@ class GroupConsumer(ConsumerRebalanceListener):  # type: ignore[misc]
             }  # fmt: skip
             headers = [(f"dead-letter-{name}", str(value).encode()) for name, value in about.items()]
             try:
-                await self._producer.send_and_wait(
-                    self._policy.dead_letters, key=record.key, value=record.value, headers=[*record.headers, *headers]
-                )
-            except KafkaError as refused:
+                await self._producer.send_and_wait(topic, record.value, record.key, headers=[*record.headers, *headers])
+            except Exception as refused:
                 error = refused
             else:
                 self.report.dead_lettered += 1
                 return True
         if self._error is None:
-            self._error = HandlerFailed(
-                f"{record.topic}-{record.partition}, offset {record.offset}, attempt {attempt}: "
-                f"{type(error).__name__}: {error}"
-            )
+            where = f"{record.topic}-{record.partition}, offset {record.offset}, attempt {attempt}"
+            self._error = HandlerFailed(f"{where}: {type(error).__name__}: {error}")
             self._error.__cause__ = error
         self.stop()
         return False
 
     async def _commit(self, parts: Collection[TopicPartition]) -> None:
         """Commits what is handled, never backwards. An assignment that is lost is a count, not an error."""
-        states = {part: state for part in parts if (state := self._parts.get(part)) and not state.lost}
-        news = {part: state.committable for part, state in states.items() if state.committable > state.committed}
-        if not news:
-            return
-        try:
-            # A member that was dropped has no generation. What it commits in that state aiokafka 0.14 sends as if it
-            # came from outside, and an empty group takes that, backwards, too.
-            if self._consumer._coordinator.generation < 0:
-                raise CommitFailedError("dropped from the group")
-            async with asyncio.timeout(COMMIT_SECONDS):  # aiokafka 0.14 tries for ever while the broker is gone
-                await self._consumer.commit(news)
-        except TimeoutError:
-            return  # unknown: at the worst these are delivered again
-        except (CommitFailedError, IllegalStateError):
-            for part in news:
-                states[part].lost = True  # another member may have it already
-            self.report.lost += len(news)
-        else:
-            self.report.committed |= news
-            for part, offset in news.items():
-                states[part].committed = offset
+        async with self._committing:  # also so that none goes on trying when the partitions have moved on
+            states = {part: state for part in parts if (state := self._parts.get(part)) and not state.lost}
+            for part, state in states.items():
+                # It may be revoked in this moment, or have no position yet: then that is not waited for.
+                with contextlib.suppress(IllegalStateError, TimeoutError):
+                    async with asyncio.timeout(0):
+                        state.position = max(state.position, await self._consumer.position(part))
+            news = {part: at for part, state in states.items() if (at := state.committable) > state.committed}
+            if not news:
+                return
+            try:
+                # A member that was dropped has no generation. What it commits in that state aiokafka 0.14 sends as if
+                # it came from outside, and an empty group takes that, backwards, too.
+                if self._consumer._coordinator.generation < 0:
+                    raise CommitFailedError("dropped from the group")
+                async with asyncio.timeout(COMMIT_SECONDS):  # aiokafka 0.14 tries for ever while the broker is gone
+                    await self._consumer.commit(news)
+            except TimeoutError:
+                return  # unknown: at the worst these are delivered again
+            except (CommitFailedError, IllegalStateError):
+                self.report.lost += len(news)
+                for part in news:
+                    states[part].lost = True  # another member may have it already
+            else:
+                self.report.committed |= news
+                for part, offset in news.items():
+                    states[part].committed = offset
 
-    async def _close(self, parts: Collection[TopicPartition]) -> None:
+    async def _close(self, parts: Collection[TopicPartition]) -> list[_Partition]:
         """Lets running handlers of these partitions finish, commits, and forgets the rest."""
         states = [state for part in parts if (state := self._parts.get(part))]
         for state in states:
             state.closed = True
-        tasks = {task for state in states for task in state.tasks}
-        if tasks:
+        self._ready = deque(lane for lane in self._ready if not lane[0].closed)
+        if tasks := {task for state in states for task in state.tasks}:
             _, slow = await asyncio.wait(tasks, timeout=self._policy.drain)
             for task in slow:
                 task.cancel()
-            if slow:
-                await asyncio.wait(slow, timeout=1)
+            await asyncio.wait(tasks, timeout=1)
         await self._commit(parts)
         for part in parts:
-            if state := self._parts.pop(part, None):
-                self.report.dropped += sum(not done for _, done in state.open)
+            self._parts.pop(part, None)
+        self.report.dropped += sum(len(lane) for state in states for lane in state.lanes.values())
+        return states
 
     async def on_partitions_revoked(self, revoked: Collection[TopicPartition]) -> None:
         """Called by aiokafka before these partitions may go to another member."""
-        self._rebalancing = True
-        lost = self.report.lost
-        await self._close(revoked)
-        self.report.revoked += len(revoked) - (self.report.lost - lost)
+        self.report.revoked += sum(not state.lost for state in await self._close(revoked))
 
     async def on_partitions_assigned(self, assigned: Collection[TopicPartition]) -> None:
         """Called by aiokafka after a rebalance; fetching begins at the committed offsets."""
-        self._rebalancing = False
+        for part in assigned:
+            self._parts.setdefault(part, _Partition())
 
 
 @contextlib.asynccontextmanager
