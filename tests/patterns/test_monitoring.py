@@ -316,10 +316,9 @@ async def test_a_kafka_that_is_killed_makes_it_unknown_and_then_it_goes_on() -> 
             await mq.until(lambda: watch.error is probing.error is None)
     assert heard == [(FIRING, UNKNOWN), (UNKNOWN, FIRING)]
     assert heard_silent == [(OK, UNKNOWN), (UNKNOWN, OK)]
-    assert canary.fates["unknown"] > 0
+    assert probing.missed > 0, "what was not confirmed is no sample of the path"
     assert canary.fates["lost"] == 0, "nobody can know that"
-    confirmed = [probe for probe in canary.samples if probe.confirmed]
-    assert {probe.fate for probe in confirmed[:-1]} == {"on time"}, "the last one was under way at the end"
+    assert canary.fates["on time"] > 0
 
 
 async def test_a_rabbitmq_that_is_killed_makes_it_unknown_and_then_it_goes_on() -> None:
@@ -368,7 +367,7 @@ async def test_a_rabbitmq_that_is_killed_makes_it_unknown_and_then_it_goes_on() 
             await mq.until(lambda: ledger.lost == 0)
     assert heard == heard_silent == [(OK, UNKNOWN), (UNKNOWN, OK)]
     assert worker.errors == 0
-    assert canary.fates["unknown"] > 0
+    assert probing.missed > 0
     assert canary.fates["lost"] == 0
 
 
