@@ -49,6 +49,13 @@ class Report:
         return ", ".join(f"{name.replace('_', '-')} {getattr(self, name)}" for name in counts)
 
 
+def letter_headers(record: ConsumerRecord, group: str, attempts: int, error: str) -> list[tuple[str, bytes]]:
+    """The headers of a dead letter: the record's own, and where it comes from, who gave it up, and why."""
+    about = {name: getattr(record, name) for name in ("topic", "partition", "offset", "timestamp")}
+    about |= {"group": group, "attempts": attempts, "error": error}
+    return [*record.headers, *((f"dead-letter-{name}", str(value).encode()) for name, value in about.items())]
+
+
 class HandlerFailed(Exception):
     """A record failed for the last time, and there is no dead-letter topic. It is not committed."""
 
@@ -103,8 +110,7 @@ class GroupConsumer(ConsumerRebalanceListener):  # type: ignore[misc]
         self._parts: dict[TopicPartition, _Partition] = {}
         self._ready: deque[tuple[_Partition, Any]] = deque()  # lanes that wait for a worker, as partition and key
         self._workers: set[asyncio.Task[None]] = set()
-        self._committing = asyncio.Lock()
-        self._stopping = False
+        self._committing, self._stopping = asyncio.Lock(), False
         self._error: Exception | None = None
 
     def stop(self) -> None:
@@ -207,14 +213,9 @@ class GroupConsumer(ConsumerRebalanceListener):  # type: ignore[misc]
     async def _bury(self, record: ConsumerRecord, error: BaseException, attempt: int) -> bool:
         """Stores the record in the dead-letter topic, or ends the run; returns whether it may be committed."""
         if topic := self._policy.dead_letters:
-            about = {
-                "topic": record.topic, "partition": record.partition, "offset": record.offset,
-                "timestamp": record.timestamp, "group": self._group, "attempts": attempt,
-                "error": f"{type(error).__name__}: {error}",
-            }  # fmt: skip
-            headers = [(f"dead-letter-{name}", str(value).encode()) for name, value in about.items()]
+            headers = letter_headers(record, self._group, attempt, f"{type(error).__name__}: {error}")
             try:
-                await self._producer.send_and_wait(topic, record.value, record.key, headers=[*record.headers, *headers])
+                await self._producer.send_and_wait(topic, record.value, record.key, headers=headers)
             except Exception as refused:
                 error = refused
             else:
@@ -280,8 +281,7 @@ class GroupConsumer(ConsumerRebalanceListener):  # type: ignore[misc]
 
     async def on_partitions_assigned(self, assigned: Collection[TopicPartition]) -> None:
         """Called by aiokafka after a rebalance; fetching begins at the committed offsets."""
-        for part in assigned:
-            self._parts.setdefault(part, _Partition())
+        self._parts = {part: _Partition() for part in assigned} | self._parts
 
 
 @contextlib.asynccontextmanager

@@ -258,9 +258,9 @@ def _error(answer: asyncio.Future[Any]) -> BaseException | None:
 
 
 def _lock(engine: sa.Engine, name: str) -> Callable[[], None] | None:
-    """The right to be the relay at work, until what it returns is called or the process ends. None: another has it.
-    It only spares duplicates: whoever begins with the first row sends no event before an earlier one of its key, so two
-    at work repeat events, and do not reorder first copies. (Relays that share the rows, by SKIP LOCKED, do.)"""
+    """The right to be the relay at work, until what it returns is called or the process ends; None: another has it.
+    It only spares duplicates: whoever begins with the first row sends no event before an earlier one of its key.
+    (Relays that share rows, by SKIP LOCKED, do.) With SQLite an empty file, `…-relay`, stays beside the database."""
     if engine.dialect.name == "sqlite":
         file = sqlite3.connect(f"{engine.url.database}-{name}-relay", timeout=0, check_same_thread=False)
         with contextlib.suppress(sqlite3.OperationalError):

@@ -24,7 +24,7 @@ from ..brokers import BrokerError
 from ..brokers.base import Connectable
 from ..topics import consumer, described, poll, producer
 from ..waiting import beside
-from .consumer import GroupConsumer, Handler, Policy, Report
+from .consumer import GroupConsumer, Handler, Policy, Report, letter_headers
 
 PARKING_TOPIC: dict[str, Any] = {"cleanup_policy": "compact"}
 """Settings of a parking topic, for `mq.topic(kafka, name, partitions, **PARKING_TOPIC)`."""
@@ -266,15 +266,9 @@ class ParkingConsumer(GroupConsumer):
                 await self._store(replace(parked, begun=parked.begun + 1))  # so that one that kills us counts, too
                 if await self._tried(parked):
                     return True
-        record = parked.record
-        about = {
-            "topic": record.topic, "partition": record.partition, "offset": record.offset,
-            "timestamp": record.timestamp, "group": self._as, "attempts": parked.begun, "error": parked.error,
-        }  # fmt: skip
-        headers = [(f"dead-letter-{name}", str(value).encode()) for name, value in about.items()]
-        await self._sender.send_and_wait(
-            self._rules.dead_letters, record.value, record.key, headers=[*record.headers, *headers]
-        )
+        record, to = parked.record, self._rules.dead_letters
+        headers = letter_headers(record, self._as, parked.begun, parked.error)
+        await self._sender.send_and_wait(to, record.value, record.key, headers=headers)
         self.parking.dead_lettered += 1
         return True
 

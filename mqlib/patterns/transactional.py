@@ -17,13 +17,13 @@ from collections.abc import AsyncIterator, Awaitable, Callable, Collection, Iter
 from dataclasses import dataclass
 from typing import Any, NamedTuple, cast
 
-from aiokafka import AIOKafkaConsumer, AIOKafkaProducer, ConsumerRebalanceListener, ConsumerRecord, TopicPartition
+from aiokafka import AIOKafkaProducer, ConsumerRebalanceListener, ConsumerRecord, TopicPartition
 from aiokafka.errors import KafkaError, ProducerFenced
 
 from ..brokers import Kafka
 from ..brokers.base import BrokerError, Connectable
 from ..bulk import REFUSED
-from ..topics import _stop, partitions_of, poll
+from ..topics import consumer, partitions_of, poll, producer
 from ..waiting import beside
 
 POLL_SECONDS = 0.1
@@ -74,16 +74,6 @@ class _Lane:
         self.next = 0
 
 
-@contextlib.asynccontextmanager
-async def _started(client: Any) -> AsyncIterator[Any]:
-    try:
-        await client.start()
-        yield client
-    finally:
-        with contextlib.suppress(KafkaError):
-            await _stop(client)
-
-
 class Transform(ConsumerRebalanceListener):  # type: ignore[misc]
     """A member of a group that transforms; made by `transform`."""
 
@@ -122,13 +112,10 @@ class Transform(ConsumerRebalanceListener):  # type: ignore[misc]
             await asyncio.wait_for(self._stopping.wait(), PAUSE_SECONDS)
 
     async def _live(self) -> None:
-        defaults = {
-            "auto_offset_reset": "earliest", "isolation_level": "read_committed",
-            "rebalance_timeout_ms": int(1000 * self._within) + 5000,
-        }  # fmt: skip
+        patience = int(1000 * self._within) + 5000
+        defaults = {"isolation_level": "read_committed", "rebalance_timeout_ms": patience}
         fixed = {"group_id": self._group, "enable_auto_commit": False}
-        client = AIOKafkaConsumer(**self._kafka.client, **{**defaults, **self._options, **fixed})
-        async with _started(client) as self._consumer:
+        async with consumer(self._kafka, **{**defaults, **self._options, **fixed}) as self._consumer:
             self._consumer.subscribe([self._source], listener=self)
             try:
                 while not self._stopping.is_set():
@@ -155,11 +142,11 @@ class Transform(ConsumerRebalanceListener):  # type: ignore[misc]
 
     async def _open(self, part: TopicPartition, lane: _Lane) -> None:
         """Fences whoever had the partition before; its open transaction is aborted, one that is ending is awaited."""
-        producer = AIOKafkaProducer(
-            **self._kafka.client, transactional_id=f"{self._group}-{part.topic}-{part.partition}",
+        sending = producer(
+            self._kafka, transactional_id=f"{self._group}-{part.topic}-{part.partition}",
             transaction_timeout_ms=int(1000 * self._within), acks="all",
         )  # fmt: skip
-        lane.producer = await lane.stack.enter_async_context(_started(producer))
+        lane.producer = await lane.stack.enter_async_context(sending)
         # Only now does nobody else move it. What the consumer was told before may be old.
         committed = await self._consumer.committed(part)
         lane.next = await self._consumer.position(part) if committed is None else committed
@@ -213,7 +200,8 @@ class Transform(ConsumerRebalanceListener):  # type: ignore[misc]
 
     async def _close(self, parts: Collection[TopicPartition]) -> None:
         lanes = [lane for part in parts if (lane := self._lanes.pop(part, None))]
-        await asyncio.gather(*(lane.stack.aclose() for lane in lanes))
+        # A client that cannot end in order, since the broker is gone, has no more to say.
+        await asyncio.gather(*(lane.stack.aclose() for lane in lanes), return_exceptions=True)
 
     async def on_partitions_revoked(self, revoked: Collection[TopicPartition]) -> None:
         """Called by aiokafka before these partitions may go to another member."""
