@@ -12,10 +12,10 @@ from typing import TYPE_CHECKING, Any
 
 from . import settings as defaults
 from .base import BrokerError, BrokerUnavailable, Kafka, Node, RabbitMQ, Version
+from .jvm import CLUSTER_ID
 from .machine import HOST, free_ports, say
 from .ownership import Estate
 from .probe import probe_kafka, probe_rabbitmq
-from .process import CLUSTER_ID
 from .starting import PortTaken, await_ready, started
 from .versions import KAFKA_IMAGE, KAFKA_VERSION, RABBITMQ_IMAGE
 

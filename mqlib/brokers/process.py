@@ -7,34 +7,24 @@ import secrets
 import shutil
 import signal
 import subprocess
-import tempfile
 import time
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from pathlib import Path
 
+from . import jvm
 from . import settings as defaults
 from .base import BrokerError, BrokerUnavailable, Kafka, Node, RabbitMQ, Version
-from .install import java, kafka_jars, rabbitmq_server
-from .machine import HOST, cache_folder, free_ports
+from .install import kafka_jars, rabbitmq_server
+from .machine import HOST, free_ports
 from .ownership import Estate
 from .probe import probe_kafka, probe_rabbitmq
 from .starting import await_ready, started
 from .versions import KAFKA_VERSION
 
 STOP_SECONDS = 20.0
+TRAIN_SECONDS = 60.0
 PAUSE_SECONDS = 5.0
-CLUSTER_ID = "bXEtbGliLWNsdXN0ZXItMQ"  # any 16 bytes in base 64; the data folder is ours alone
-
-
-LOG4J = """\
-appender.console.type = Console
-appender.console.name = console
-appender.console.layout.type = PatternLayout
-appender.console.layout.pattern = %d %p %m (%c)%n
-rootLogger.level = INFO
-rootLogger.appenderRef.console.ref = console
-"""
 
 
 def _stopped(pid: int) -> bool:
@@ -65,6 +55,10 @@ class ProcessNode(Node):
     def kill(self) -> None:
         self._estate.end(self.pid, 0)
 
+    def stop(self, seconds: float = STOP_SECONDS) -> None:
+        """Ends it politely; with SIGKILL if that takes longer."""
+        self._estate.end(self.pid, seconds)
+
     def pause(self) -> None:
         self._estate.signal(self.pid, signal.SIGSTOP)
         deadline = time.monotonic() + PAUSE_SECONDS
@@ -76,7 +70,7 @@ class ProcessNode(Node):
 
     def restart(self, graceful: bool = True) -> None:
         if self.running:
-            self._estate.end(self.pid, STOP_SECONDS if graceful else 0)
+            self.stop(STOP_SECONDS if graceful else 0)
         self.start()
         self.wait_until_ready()
 
@@ -140,20 +134,26 @@ def settle(servers: Sequence[ProcessNode], probe: Callable[[Sequence[ProcessNode
 
 def kafka(nodes: int = 1, settings: Mapping[str, str] | None = None) -> Kafka:
     """Kafka with `nodes` servers, each broker and controller (KRaft). `settings` are server properties."""
-    jars, runtime = kafka_jars(), java()
-    return started(lambda estate: _kafka(estate, nodes, dict(settings or {}), jars, runtime))
+    jars = kafka_jars()
+    classes = jvm.prepared_classes(lambda option: _train(jars, option))
+    return started(lambda estate: _kafka(estate, nodes, dict(settings or {}), jars, classes))
 
 
-def _kafka(estate: Estate, count: int, own: dict[str, str], jars: Sequence[Path], runtime: Path) -> Kafka:
+def _train(jars: Sequence[Path], option: str) -> None:
+    """A Kafka that starts, and ends, for the sake of what its Java notes."""
+    with started(lambda estate: _kafka(estate, 1, {}, jars, option)) as broker:
+        [server] = broker.nodes
+        assert isinstance(server, ProcessNode)
+        server.stop(TRAIN_SECONDS)
+
+
+def _kafka(estate: Estate, count: int, own: dict[str, str], jars: Sequence[Path], option: str) -> Kafka:
     folder = estate.folder("kafka")
-    (folder / "log4j2.properties").write_text(LOG4J)
+    (folder / "log4j2.properties").write_text(jvm.LOG4J)
     ports = free_ports(2 * count + 2)
     clients, controllers, (behind_proxy, advertised) = ports[:count], ports[count:-2], ports[-2:]
     differs = {**defaults.KAFKA, **defaults.kafka_replication(count), **own}
-    virtual_machine = [
-        str(runtime), "-Xmx512m", "-XX:+UseSerialGC", "-XX:TieredStopAtLevel=1", "-XX:-UsePerfData",
-        f"-Dlog4j2.configurationFile={folder / 'log4j2.properties'}", "-cp", os.pathsep.join(map(str, jars)),
-    ]  # fmt: skip
+    virtual_machine = jvm.command(option, folder / "log4j2.properties", jars)
     servers: list[ProcessNode] = []
     for index in range(count):
         name, data = f"kafka-{index + 1}", folder / f"data-{index + 1}"
@@ -175,7 +175,7 @@ def _kafka(estate: Estate, count: int, own: dict[str, str], jars: Sequence[Path]
         }
         file = folder / f"{name}.properties"
         file.write_text("".join(f"{key}={value}\n" for key, value in properties.items()))
-        _format(index + 1, data, file, virtual_machine)
+        jvm.format_data(index + 1, data, file, virtual_machine)
         argv = [*virtual_machine, "kafka.Kafka", str(file)]
         node = ProcessNode(name, estate, argv, _environment(folder), folder, clients[index])
         node.start()
@@ -187,26 +187,6 @@ def _kafka(estate: Estate, count: int, own: dict[str, str], jars: Sequence[Path]
         provider="process", version=Version.parse(KAFKA_VERSION), nodes=servers, settings=differs,
         bootstrap=bootstrap, proxy_ports=(behind_proxy, advertised),
     )  # fmt: skip
-
-
-def _format(node: int, data: Path, properties: Path, virtual_machine: Sequence[str]) -> None:
-    """Formats a data folder, as KRaft demands before the first start; keeps a copy, since each costs a JVM's start."""
-    kept = cache_folder() / f"kafka-{KAFKA_VERSION}-formatted-{node}"
-    if not kept.exists():
-        command = ["kafka.tools.StorageTool", "format", "-t", CLUSTER_ID, "-c", str(properties)]
-        done = subprocess.run([*virtual_machine, *command], capture_output=True, text=True, cwd=properties.parent)
-        if done.returncode:
-            raise BrokerUnavailable(
-                f"Kafka could not format its data folder:\n{done.stdout[-1500:]}{done.stderr[-1500:]}"
-            )
-        fresh = Path(tempfile.mkdtemp(prefix=kept.name, dir=kept.parent))
-        shutil.copytree(data, fresh, dirs_exist_ok=True)
-        try:
-            fresh.rename(kept)
-        except OSError:  # another process was first
-            shutil.rmtree(fresh)
-        return
-    shutil.copytree(kept, data)
 
 
 def _environment(folder: Path) -> dict[str, str]:

@@ -119,18 +119,24 @@ async def outage_here(cell: Cell, numbers: Iterable[int]) -> AsyncIterator[None]
 # its note.
 
 
+def drains(cell: Cell, number: int, batch: range) -> bool:
+    """Whether to wait until it is on the socket: now and then, since aiormq's queue is short; always, in an outage."""
+    return (batch[-1] - number) % 5 == 0 or (cell.fault in OUTAGES and cell.messages // 2 in batch)
+
+
 async def fire_and_forget(rabbit: Any, cell: Cell) -> None:
     """Transient messages without confirms; a batch is noted as done, and then written to the socket."""
     while left(cell):
         with contextlib.suppress(*GONE), uncancelled():
             async with channel(rabbit, publisher_confirms=False) as opened:
-                wire = await opened.get_underlay_channel()
+                wire: Any = await opened.get_underlay_channel()
+                publish = functools.partial(wire.basic_publish, exchange=cell.place)
                 for batch in left(cell):
                     note(cell, batch)
                     await crash_here(cell, "producer crash", batch)
                     async with outage_here(cell, batch):
                         for number in batch:
-                            await wire.basic_publish(b"%d" % number, exchange=cell.place)
+                            await publish(b"%d" % number, wait=drains(cell, number, batch))
         await asyncio.sleep(0.1)  # before it connects again
 
 
@@ -140,11 +146,11 @@ async def confirms(rabbit: Any, cell: Cell) -> None:
     while left(cell):
         with contextlib.suppress(*GONE), uncancelled():
             async with channel(rabbit) as opened:
-                wire = await opened.get_underlay_channel()
-                to: dict[str, Any] = {"exchange": cell.place, "properties": persistent}
+                wire: Any = await opened.get_underlay_channel()
+                publish = functools.partial(wire.basic_publish, exchange=cell.place, properties=persistent)
                 for batch in left(cell):
                     async with outage_here(cell, batch):  # each publish returns with its confirm
-                        await asyncio.gather(*(wire.basic_publish(b"%d" % number, **to) for number in batch))
+                        await asyncio.gather(*(publish(b"%d" % n, wait=drains(cell, n, batch)) for n in batch))
                     await crash_here(cell, "producer crash", batch)
                     note(cell, batch)
         await asyncio.sleep(0.1)

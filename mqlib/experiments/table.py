@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import functools
+import gc
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
@@ -20,11 +21,12 @@ from .guarantees import CRASHES, MODES, OUTAGES, Cell, database
 Table = dict[tuple[str, str], Cell]
 
 
-async def run(role: str, cells: Iterable[Cell], brokers: dict[str, Any], through: Any = None) -> None:
+async def run(role: str, cells: Iterable[Cell], kafka: Any, rabbit: Any) -> None:
     """All cells produce, or consume, at once."""
     async with asyncio.TaskGroup() as group:
         for cell in cells:
-            group.create_task(getattr(MODES[cell.mode], role)(through or brokers[cell.broker], cell))
+            mode = MODES[cell.mode]
+            group.create_task(getattr(mode, role)(kafka if mode.kind == "kafka" else rabbit, cell))
 
 
 async def run_and_die(role: str, cells: Sequence[Cell], kafka: Kafka, rabbit: RabbitMQ) -> None:
@@ -32,13 +34,13 @@ async def run_and_die(role: str, cells: Sequence[Cell], kafka: Kafka, rabbit: Ra
     barrier = asyncio.Barrier(len(cells))
     for cell in cells:
         cell.barrier, cell.armed = barrier, True
-    await run(role, cells, {"kafka": kafka, "rabbit": rabbit})
+    await run(role, cells, kafka, rabbit)
 
 
-async def _in_a_process(role: str, cells: Any, kafka: Any, rabbit: Any) -> None:
+async def _in_a_process(name: str, role: str, cells: Any, kafka: Any, rabbit: Any) -> None:
     from mqlib.experiments import table
 
-    await table.run_and_die(role, cells, kafka, rabbit)
+    await getattr(table, name)(role, cells, kafka, rabbit)
 
 
 class Experiment:
@@ -57,8 +59,12 @@ class Experiment:
 
     async def run(self) -> Table:
         """The table by mode and fault. Crashes and outages, on RabbitMQ and on Kafka, all happen at the same time."""
-        async with asyncio.TaskGroup() as group:
-            both = [group.create_task(self._crashes()), group.create_task(self._outages())]
+        gc.freeze()  # what a notebook has loaded would be searched for garbage again and again
+        try:
+            async with asyncio.TaskGroup() as group:
+                both = [group.create_task(self._crashes()), group.create_task(self._outages())]
+        finally:
+            gc.unfreeze()
         cells = [cell for task in both for cell in task.result()]
         for cell in cells:
             await self._count(cell)
@@ -94,7 +100,7 @@ class Experiment:
             cell.stored = await self._stored(cell)
 
     async def _crashes(self) -> list[Cell]:
-        """The modes run in a process until it kills itself; this one then does what is left."""
+        """The modes run in a process until it kills itself; another one then does what is left."""
         cells = await self._cells(CRASHES, own="")
         count = len(MODES)
         before, after, producers = cells[:count], cells[count : 2 * count], cells[2 * count :]
@@ -106,39 +112,46 @@ class Experiment:
                 second.place = first.place
         async with asyncio.TaskGroup() as group:
             group.create_task(self._crash("produce", producers))
-            await run("produce", [cell for cell in before if cell.mode != "transactional"], self._brokers)
+            await self._process("run", "produce", [cell for cell in before if cell.mode != "transactional"])
             await self._note_stored(before + after)
             group.create_task(self._crash("consume", before))
             group.create_task(self._crash("consume", after))
         return cells
 
-    async def _crash(self, role: str, cells: Sequence[Cell]) -> None:
+    async def _process(self, name: str, role: str, cells: Sequence[Cell]) -> bool:
+        """One of the functions above in a process of its own; whether it was killed."""
         kafka, rabbit = self._brokers["kafka"], self._brokers["rabbit"]
-        async with worker(_in_a_process, role, cells, kafka, rabbit) as process:
+        async with worker(_in_a_process, name, role, cells, kafka, rabbit) as process:
             await process.ended(within=60)
-        if not process.crashed:
+        return process.crashed
+
+    async def _crash(self, role: str, cells: Sequence[Cell]) -> None:
+        if not await self._process("run_and_die", role, cells):
             raise RuntimeError("the process that was to be killed has ended")
 
         async def free(cell: Cell) -> bool:
-            return (await depth(rabbit, cell.queue, by="amqp")).consumers == 0
+            return (await depth(self._brokers["rabbit"], cell.queue, by="amqp")).consumers == 0
 
         for cell in cells:  # when its consumer is gone, its messages are back
             if cell.broker == "rabbit":
                 await until(functools.partial(free, cell))
         if role == "produce":
-            await run("produce", cells, self._brokers)
+            await self._process("run", "produce", cells)
             await self._note_stored(cells)
-        await run("consume", cells, self._brokers)
+        await self._process("run", "consume", cells)
 
     async def _outages(self) -> list[Cell]:
         cells = await self._cells(OUTAGES, own="own_")
 
-        async def side(broker: str) -> None:
+        async def side(broker: str, *faults: str) -> None:
             async with proxy(self._brokers[broker]) as network:
-                for fault in reversed(OUTAGES):
+                for fault in faults:
                     await self._outage(fault, [c for c in cells if (c.broker, c.fault) == (broker, fault)], network)
 
-        await asyncio.gather(side("own_rabbit"), side("own_kafka"))
+        # RabbitMQ's clients are busy while they send, and would make those of Kafka wait: these have most of their turn
+        # while RabbitMQ starts again.
+        killed, *others = OUTAGES
+        await asyncio.gather(side("own_rabbit", *OUTAGES), side("own_kafka", *others, killed))
         return cells
 
     async def _outage(self, fault: str, cells: Sequence[Cell], network: Proxy) -> None:
@@ -147,12 +160,13 @@ class Experiment:
             cell.barrier, cell.over, cell.armed = barrier, over, True
         async with asyncio.TaskGroup() as group:
             direct = fault == "broker SIGKILL"
-            group.create_task(run("produce", cells, self._brokers, None if direct else network))
+            broker = self._brokers[cells[0].broker] if direct else network
+            group.create_task(run("produce", cells, broker, broker))
             await barrier.wait()
             await self._strike(fault, cells, network)
             over.set()
         await self._note_stored(cells)
-        await run("consume", cells, self._brokers)
+        await run("consume", cells, self._brokers["own_kafka"], self._brokers["own_rabbit"])
 
     async def _strike(self, fault: str, cells: Sequence[Cell], network: Proxy) -> None:
         """What happens while all the modes send their middle batch."""
