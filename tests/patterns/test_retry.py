@@ -322,15 +322,21 @@ async def test_ten_thousand_records_through_a_sigkill_of_kafka() -> None:
                 raise DOWN
             ledger.received(number)
 
+        async def set_aside() -> set[int]:
+            return {int(each.value) for each in await mq.read(kafka, f"{topic}.dlt", within=20)}
+
+        async def all_done() -> bool:  # what was under way as it died is set aside twice: the count alone says nothing
+            return ledger.lost == 0 and work.dead_lettered >= 100 and len(await set_aside()) >= 100
+
         for number in range(10_000):
             if number % 100:
                 ledger.sent(number)
         async with retry_topics(kafka, topic, kafka.name("killed"), handle, levels=(0.5, 0.5), **QUICK) as work:
             await mq.until(lambda: work.handled > 3000 and work.retried > 300, within=30)
             await asyncio.to_thread(kafka.nodes[0].restart, graceful=False)
-            await mq.until(lambda: ledger.lost == 0 and work.dead_lettered >= 100, within=60)
-        letters = Counter(int(each.value) for each in await mq.read(kafka, f"{topic}.dlt", within=20))
-    assert set(letters) == set(range(0, 10_000, 100)), "what was set aside is what always fails, all of it"
+            await mq.until(all_done, within=60, every=0.2)
+        letters = await set_aside()
+    assert letters == set(range(0, 10_000, 100)), "what was set aside is what always fails, all of it"
     assert ledger.unexpected == 0
     assert min(tries[number] for number in letters) >= 3
 
