@@ -11,10 +11,10 @@ from tests.processes import Traces, clean_environment
 
 
 def start_run(folder: Path) -> subprocess.Popen[str]:
-    """`mqlib run 04`, started, with a folder of its own for temporary files."""
+    """`mqlib run 05`, started, with a folder of its own for temporary files."""
     folder.mkdir()
     return subprocess.Popen(
-        [sys.executable, "-m", "mqlib", "run", "04"], cwd=ROOT, text=True,
+        [sys.executable, "-m", "mqlib", "run", "05"], cwd=ROOT, text=True,
         env=clean_environment(TMPDIR=str(folder), MQLIB_PROVIDER="process"),
         stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.PIPE,
     )  # fmt: skip

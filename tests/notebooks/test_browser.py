@@ -52,7 +52,9 @@ def figures_of(path: Path) -> int:
 
 
 @pytest.mark.timeout(240)
-@pytest.mark.parametrize(("name", "title"), [("04-work-queue", "04 Work queue"), ("01-producer", "01 Producer")])
+@pytest.mark.parametrize(
+    ("name", "title"), [("05-rpc", "05 RPC"), ("13-transactional-messaging", "13 Transactional messaging")]
+)
 def test_run_all_cells_shows_every_check_and_figure(
     lab: str, page: Page, tmp_path: Path, name: str, title: str
 ) -> None:
