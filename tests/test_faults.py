@@ -273,6 +273,21 @@ async def test_a_paused_and_a_killed_node_are_back_after_the_block() -> None:
             assert (await mq.read(broker, topic))[0].value == b"before"
 
 
+async def test_a_new_queue_is_there_after_a_kill() -> None:
+    """Mnesia's second record of the declaration is held up until RabbitMQ has answered: that happens by itself, too."""
+    with mq.rabbitmq(private=True) as rabbit:
+        [node] = rabbit.nodes
+        queue = rabbit.name("new")
+        node.control("eval", "sys:suspend(mnesia_recover).")
+        await mq.declare(rabbit, queue, durable=True)
+        node.control("eval", "sys:resume(mnesia_recover).")
+        async with mq.killed(node):
+            pass
+        assert (await mq.depth(rabbit, queue, by="amqp")).ready == 0
+        async with mq.paused(node):
+            node.sync()  # what does not answer is let be
+
+
 async def test_the_nodes_of_a_cluster_come_back_together() -> None:
     """None of them can be ready before most are there: whoever waited for the first would wait in vain."""
     with mq.kafka(nodes=3) as cluster:

@@ -52,6 +52,8 @@ class Node(ABC):
     name: str
     wait_until_ready: Callable[[], object]
     """Returns when the broker answers again, as `restart` does by itself."""
+    sync: Callable[[], object]
+    """Has it write down what was declared: RabbitMQ answers earlier, and a kill may take a new queue back."""
 
     @abstractmethod
     def kill(self) -> None:

@@ -15,7 +15,7 @@ from .base import BrokerError, BrokerUnavailable, Kafka, Node, RabbitMQ, Version
 from .jvm import CLUSTER_ID
 from .machine import HOST, free_ports, say
 from .ownership import Estate
-from .probe import probe_kafka, probe_rabbitmq
+from .probe import probe_kafka, probe_rabbitmq, sync_rabbitmq
 from .starting import PortTaken, await_ready, started
 from .versions import KAFKA_IMAGE, KAFKA_VERSION, RABBITMQ_IMAGE
 
@@ -74,7 +74,7 @@ class ContainerNode(Node):
     def __init__(self, name: str, container: DockerContainer) -> None:
         self.name = name
         self._container = container
-        self.wait_until_ready = lambda: None
+        self.wait_until_ready = self.sync = lambda: None
 
     @property
     def _docker(self) -> Any:
@@ -259,6 +259,8 @@ def _rabbitmq(estate: Estate, count: int, own: dict[str, str]) -> RabbitMQ:
         servers.append(_launch(estate, name, container))
     urls = [f"amqp://guest:guest@{HOST}:{ports[3 * index]}/" for index in range(count)]
     consoles = [f"http://guest:guest@{HOST}:{ports[3 * index + 1]}" for index in range(count)]
+    for node, console in zip(servers, consoles, strict=True):
+        node.sync = partial(sync_rabbitmq, console)
     version = _settle(servers, lambda living: min(probe_rabbitmq(urls[servers.index(node)], {}, 15) for node in living))
     return RabbitMQ(
         provider="container", version=version, nodes=servers, settings=differs,

@@ -19,6 +19,7 @@ from .base import BrokerUnavailable, Version
 T = TypeVar("T")
 
 CONNECT_SECONDS = 3.0
+SYNC_SECONDS = 3.0
 
 
 def run_blocking(work: Coroutine[Any, Any, T]) -> T:
@@ -264,3 +265,17 @@ async def _round_trip_rabbitmq(
     except (AMQPError, OSError, EOFError) as error:
         why = f"it accepts connections but does not answer as RabbitMQ ({type(error).__name__}: {error})."
     raise BrokerUnavailable(f"{shown}: {why}")
+
+
+def sync_rabbitmq(console: str) -> None:
+    """Makes a server keep all that was declared on it, by one more change, of a parameter, in its management API.
+
+    Mnesia logs a change, and in a second record that it holds; RabbitMQ, which flushes the log before it answers, may
+    come in between. The second record then waits up to 2 s, or for the next flush, and a change without it is dropped
+    at the next start. A server that does not answer is let be.
+    """
+    import httpx
+
+    with contextlib.suppress(httpx.HTTPError):
+        parameter = {"value": secrets.token_hex(4)}  # another one each time
+        httpx.put(f"{console}/api/global-parameters/mqlib-sync", json=parameter, timeout=SYNC_SECONDS)

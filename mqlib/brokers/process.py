@@ -18,7 +18,7 @@ from .base import BrokerError, BrokerUnavailable, Kafka, Node, RabbitMQ, Version
 from .install import kafka_jars, rabbitmq_server
 from .machine import HOST, free_ports
 from .ownership import Estate
-from .probe import probe_kafka, probe_rabbitmq
+from .probe import probe_kafka, probe_rabbitmq, sync_rabbitmq
 from .starting import await_ready, started
 from .versions import KAFKA_VERSION
 
@@ -45,7 +45,7 @@ class ProcessNode(Node):
     ) -> None:
         self.name, self.port = name, port
         self.pid = 0
-        self.wait_until_ready = lambda: None
+        self.wait_until_ready = self.sync = lambda: None
         self._estate, self._argv, self._env, self._folder = estate, list(argv), env, folder
         self._log = folder / f"{name}.log"
 
@@ -255,6 +255,8 @@ def _rabbitmq(estate: Estate, count: int, own: dict[str, str], script: Path, epm
         servers.append(node)
     urls = [f"amqp://guest:guest@{HOST}:{ports[5 * index]}/" for index in range(count)]
     consoles = [f"http://guest:guest@{HOST}:{ports[5 * index + 1]}" for index in range(count)]
+    for node, console in zip(servers, consoles, strict=True):
+        node.sync = partial(sync_rabbitmq, console)
 
     def probe(living: Sequence[ProcessNode]) -> Version:
         return min(probe_rabbitmq(urls[servers.index(node)], {}, 15) for node in living)
