@@ -127,14 +127,9 @@ async def paused(*nodes: Node) -> AsyncIterator[None]:
 
 @contextlib.asynccontextmanager
 async def killed(*nodes: Node) -> AsyncIterator[None]:
-    """The nodes are killed (SIGKILL) as the block begins; at its end those that are down start on their data.
-
-    A RabbitMQ first writes down what was declared on it: it is the messages that are at stake. (A quorum queue, whose
-    members have a store of their own, must be two seconds old for that.)
-    """
+    """The nodes are killed (SIGKILL) as the block begins; at its end those that are down start on their data."""
     try:
         for node in nodes:
-            node.sync()
             node.kill()
         yield
     finally:

@@ -53,11 +53,15 @@ class Node(ABC):
     wait_until_ready: Callable[[], object]
     """Returns when the broker answers again, as `restart` does by itself."""
     sync: Callable[[], object]
-    """Has it write down what was declared: RabbitMQ answers earlier, and a kill may take a new queue back."""
+    """Has it write down what was declared on it: see `probe.sync_rabbitmq`."""
 
     @abstractmethod
     def kill(self) -> None:
-        """Ends it at once, as a power cut would; its data stays."""
+        """Ends it at once, as a power cut would; its data stays.
+
+        What was declared on a RabbitMQ is written down before: it is the messages that are at stake. (A quorum queue,
+        whose members have a store of their own, must be two seconds old for that.)
+        """
 
     @abstractmethod
     def pause(self) -> None:

@@ -93,6 +93,7 @@ class ContainerNode(Node):
     # Each may be called in any state, as with a process: Docker would refuse to kill what has ended.
     def kill(self) -> None:
         if self.running:
+            self.sync()
             self._docker.kill()
             self._docker.wait()
 

@@ -19,7 +19,7 @@ from .base import BrokerUnavailable, Version
 T = TypeVar("T")
 
 CONNECT_SECONDS = 3.0
-SYNC_SECONDS = 3.0
+SYNC_SECONDS = 2.0
 
 
 def run_blocking(work: Coroutine[Any, Any, T]) -> T:
@@ -272,7 +272,8 @@ def sync_rabbitmq(console: str) -> None:
 
     Mnesia logs a change, and in a second record that it holds; RabbitMQ, which flushes the log before it answers, may
     come in between. The second record then waits up to 2 s, or for the next flush, and a change without it is dropped
-    at the next start. A server that does not answer is let be.
+    at the next start: a durable queue that was just declared, with its confirmed messages. A server that does not
+    answer is let be.
     """
     import httpx
 

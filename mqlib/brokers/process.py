@@ -53,6 +53,7 @@ class ProcessNode(Node):
         self.pid = self._estate.spawn(self._argv, self._env, self._folder, self._log)
 
     def kill(self) -> None:
+        self.sync()
         self._estate.end(self.pid, 0)
 
     def stop(self, seconds: float = STOP_SECONDS) -> None:
@@ -70,7 +71,7 @@ class ProcessNode(Node):
 
     def restart(self, graceful: bool = True) -> None:
         if self.running:
-            self.stop(STOP_SECONDS if graceful else 0)
+            self.stop() if graceful else self.kill()
         self.start()
         self.wait_until_ready()
 
