@@ -20,7 +20,7 @@ KAFKA: dict[str, str] = {
     "log.retention.check.interval.ms": "500",
     "log.initial.task.delay.ms": "200",
     "log.cleaner.backoff.ms": "100",
-    "log.segment.delete.delay.ms": "0",
+    "log.segment.delete.delay.ms": "100",  # with 0 Kafka looks for what it can delete thousands of times a second
     "transaction.abort.timed.out.transaction.cleanup.interval.ms": "300",
     "broker.session.timeout.ms": "1500",
     "broker.heartbeat.interval.ms": "300",

@@ -18,6 +18,9 @@ import sqlalchemy as sa
 from aiokafka import AIOKafkaProducer, ConsumerRecord, TopicPartition
 from aiokafka.errors import KafkaError
 from aiormq import spec
+from aiormq.abc import ChannelFrame
+from pamqp.body import ContentBody
+from pamqp.header import ContentHeader
 
 from ..patterns import inbox, outbox
 from ..patterns.link import GONE, uncancelled
@@ -119,9 +122,23 @@ async def outage_here(cell: Cell, numbers: Iterable[int]) -> AsyncIterator[None]
 # its note.
 
 
-def drains(cell: Cell, number: int, batch: range) -> bool:
-    """Whether to wait until it is on the socket: now and then, since aiormq's queue is short; always, in an outage."""
-    return (batch[-1] - number) % 5 == 0 or (cell.fault in OUTAGES and cell.messages // 2 in batch)
+async def write_batch(wire: Any, exchange: str, numbers: Sequence[int], **properties: Any) -> None:
+    """Writes them to the socket in one piece, with one message each; with confirms, waits for all of these."""
+    publish = spec.Basic.Publish(exchange=exchange)
+    frames: list[Any] = []
+    for number in numbers:
+        body = b"%d" % number
+        header = ContentHeader(body_size=len(body), properties=spec.Basic.Properties(**properties))
+        frames += [publish, header, ContentBody(body)]
+    async with wire.lock:
+        written, confirms = wire.create_future(), []
+        for _ in numbers if wire.publisher_confirms else ():
+            wire.delivery_tag += 1
+            confirms.append(wire.create_future())
+            wire.confirmations[wire.delivery_tag] = confirms[-1]
+        await wire.write_queue.put(ChannelFrame.marshall(wire.number, frames, written))
+        await written
+    await asyncio.gather(*confirms)
 
 
 async def fire_and_forget(rabbit: Any, cell: Cell) -> None:
@@ -129,35 +146,32 @@ async def fire_and_forget(rabbit: Any, cell: Cell) -> None:
     while left(cell):
         with contextlib.suppress(*GONE), uncancelled():
             async with channel(rabbit, publisher_confirms=False) as opened:
-                wire: Any = await opened.get_underlay_channel()
-                publish = functools.partial(wire.basic_publish, exchange=cell.place)
+                wire = await opened.get_underlay_channel()
                 for batch in left(cell):
                     note(cell, batch)
                     await crash_here(cell, "producer crash", batch)
                     async with outage_here(cell, batch):
-                        for number in batch:
-                            await publish(b"%d" % number, wait=drains(cell, number, batch))
+                        await write_batch(wire, cell.place, batch)
         await asyncio.sleep(0.1)  # before it connects again
 
 
 async def confirms(rabbit: Any, cell: Cell) -> None:
     """Persistent messages; a batch that is not confirmed whole is sent again; then it is noted."""
-    persistent = spec.Basic.Properties(delivery_mode=2)
     while left(cell):
         with contextlib.suppress(*GONE), uncancelled():
             async with channel(rabbit) as opened:
-                wire: Any = await opened.get_underlay_channel()
-                publish = functools.partial(wire.basic_publish, exchange=cell.place, properties=persistent)
+                wire = await opened.get_underlay_channel()
                 for batch in left(cell):
-                    async with outage_here(cell, batch):  # each publish returns with its confirm
-                        await asyncio.gather(*(publish(b"%d" % n, wait=drains(cell, n, batch)) for n in batch))
+                    async with outage_here(cell, batch):
+                        await write_batch(wire, cell.place, batch, delivery_mode=2)
                     await crash_here(cell, "producer crash", batch)
                     note(cell, batch)
         await asyncio.sleep(0.1)
 
 
 async def acknowledge_after(rabbit: Any, cell: Cell, no_ack: bool = False) -> None:
-    """What the queue holds, in batches: the effect, then the acknowledgement."""
+    """What the queue holds, in batches: the effect, then the acknowledgement. With `no_ack` the broker forgets a
+    message as it writes it to the socket."""
     async with channel(rabbit, prefetch=0 if no_ack else 2 * cell.batch) as opened:
         wire = await opened.get_underlay_channel()
         arrived: asyncio.Queue[Any] = asyncio.Queue()
@@ -169,11 +183,6 @@ async def acknowledge_after(rabbit: Any, cell: Cell, no_ack: bool = False) -> No
             await effect(cell, [int(message.body) for message in batch])
             if not no_ack:
                 await wire.basic_ack(batch[-1].delivery_tag, multiple=True)
-
-
-async def acknowledge_before(rabbit: Any, cell: Cell) -> None:
-    """The same with automatic acknowledgement: the broker forgets a message as it writes it to the socket."""
-    await acknowledge_after(rabbit, cell, no_ack=True)
 
 
 async def effect(cell: Cell, numbers: Sequence[int], ids: Sequence[str] | None = None) -> None:
@@ -209,11 +218,6 @@ async def acks_all(kafka: Any, cell: Cell, **options: Any) -> None:
                     note(cell, batch)
 
 
-async def idempotent(kafka: Any, cell: Cell) -> None:
-    """One option is all that makes a producer idempotent."""
-    await acks_all(kafka, cell, enable_idempotence=True)
-
-
 async def order_and_event(kafka: Any, cell: Cell) -> None:
     """Note and event are one transaction of the database; a relay sends what is committed."""
     engine = database(cell.path)
@@ -234,7 +238,7 @@ async def order_and_event(kafka: Any, cell: Cell) -> None:
 
 
 async def commit_after(kafka: Any, cell: Cell, with_inbox: bool = False) -> None:
-    """The effect, then the commit of the offset."""
+    """The effect, with an inbox in one transaction with the message id; then the commit of the offset."""
     part = TopicPartition(cell.place, 0)
     async with consumer(kafka, group_id=cell.group, enable_auto_commit=False) as reading:
         reading.assign([part])
@@ -244,11 +248,6 @@ async def commit_after(kafka: Any, cell: Cell, with_inbox: bool = False) -> None
             ids = [inbox.message_id(record) for record in records] if with_inbox else None
             await effect(cell, [int(record.value) for record in records], ids)
             await reading.commit({part: records[-1].offset + 1})
-
-
-async def commit_after_inbox(kafka: Any, cell: Cell) -> None:
-    """Message id and effect are one transaction; then the commit."""
-    await commit_after(kafka, cell, with_inbox=True)
 
 
 async def transactional(kafka: Any, cell: Cell) -> None:
@@ -291,10 +290,10 @@ class Mode(NamedTuple):
 
 
 MODES = {
-    "fire and forget": Mode("rabbit", fire_and_forget, acknowledge_before),
+    "fire and forget": Mode("rabbit", fire_and_forget, functools.partial(acknowledge_after, no_ack=True)),
     "confirms": Mode("rabbit", confirms, acknowledge_after),
     "acks=all": Mode("kafka", acks_all, commit_after),
-    "idempotent": Mode("kafka", idempotent, commit_after),
+    "idempotent": Mode("kafka", functools.partial(acks_all, enable_idempotence=True), commit_after),
     "transactional": Mode("kafka", transactional, transactional),
-    "outbox + inbox": Mode("kafka", order_and_event, commit_after_inbox),
+    "outbox + inbox": Mode("kafka", order_and_event, functools.partial(commit_after, with_inbox=True)),
 }

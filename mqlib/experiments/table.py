@@ -29,18 +29,20 @@ async def run(role: str, cells: Iterable[Cell], kafka: Any, rabbit: Any) -> None
             group.create_task(getattr(mode, role)(kafka if mode.kind == "kafka" else rabbit, cell))
 
 
-async def run_and_die(role: str, cells: Sequence[Cell], kafka: Kafka, rabbit: RabbitMQ) -> None:
-    """The same in the process that is to die."""
+async def run_and_die(cells: Sequence[Cell], kafka: Kafka, rabbit: RabbitMQ) -> None:
+    """Producers and consumers, each until its worst moment, in the process that is to die."""
     barrier = asyncio.Barrier(len(cells))
     for cell in cells:
         cell.barrier, cell.armed = barrier, True
-    await run(role, cells, kafka, rabbit)
+    producers = [cell for cell in cells if cell.fault == "producer crash"]
+    consumers = [cell for cell in cells if cell.fault != "producer crash"]
+    await asyncio.gather(run("produce", producers, kafka, rabbit), run("consume", consumers, kafka, rabbit))
 
 
-async def _in_a_process(name: str, role: str, cells: Any, kafka: Any, rabbit: Any) -> None:
+async def _in_a_process(name: str, *arguments: Any) -> None:
     from mqlib.experiments import table
 
-    await getattr(table, name)(role, cells, kafka, rabbit)
+    await getattr(table, name)(*arguments)
 
 
 class Experiment:
@@ -100,7 +102,7 @@ class Experiment:
             cell.stored = await self._stored(cell)
 
     async def _crashes(self) -> list[Cell]:
-        """The modes run in a process until it kills itself; another one then does what is left."""
+        """The modes run in a process until it kills itself; others then do what is left."""
         cells = await self._cells(CRASHES, own="")
         count = len(MODES)
         before, after, producers = cells[:count], cells[count : 2 * count], cells[2 * count :]
@@ -110,35 +112,27 @@ class Experiment:
                     await (await opened.get_queue(second.queue)).bind(first.place)
             elif first.mode != "transactional":
                 second.place = first.place
-        async with asyncio.TaskGroup() as group:
-            group.create_task(self._crash("produce", producers))
-            await self._process("run", "produce", [cell for cell in before if cell.mode != "transactional"])
-            await self._note_stored(before + after)
-            group.create_task(self._crash("consume", before))
-            group.create_task(self._crash("consume", after))
-        return cells
-
-    async def _process(self, name: str, role: str, cells: Sequence[Cell]) -> None:
-        """One of the functions above in a process of its own, which must be killed or must not."""
-        kafka, rabbit = self._brokers["kafka"], self._brokers["rabbit"]
-        async with worker(_in_a_process, name, role, cells, kafka, rabbit) as process:
-            await process.ended(within=60)
-        if process.crashed != (name == "run_and_die"):  # else its messages would be counted as lost by their mode
-            raise RuntimeError(f"the process that was to {role} {'was killed' if process.crashed else 'has ended'}")
-
-    async def _crash(self, role: str, cells: Sequence[Cell]) -> None:
-        await self._process("run_and_die", role, cells)
-
-        async def free(cell: Cell) -> bool:
-            return (await depth(self._brokers["rabbit"], cell.queue, by="amqp")).consumers == 0
-
+        await self._process("run", "produce", [cell for cell in before if cell.mode != "transactional"])
+        await self._note_stored(before + after)
+        await self._process("run_and_die", cells)
         for cell in cells:  # when its consumer is gone, its messages are back
             if cell.broker == "rabbit":
-                await until(functools.partial(free, cell))
-        if role == "produce":
-            await self._process("run", "produce", cells)
-            await self._note_stored(cells)
+                await until(functools.partial(self._is_free, cell))
+        await self._process("run", "produce", producers)
+        await self._note_stored(producers)
         await self._process("run", "consume", cells)
+        return cells
+
+    async def _is_free(self, cell: Cell) -> bool:
+        return (await depth(self._brokers["rabbit"], cell.queue, by="amqp")).consumers == 0
+
+    async def _process(self, name: str, *arguments: Any) -> None:
+        """One of the functions above in a process of its own, which must be killed or must not."""
+        kafka, rabbit = self._brokers["kafka"], self._brokers["rabbit"]
+        async with worker(_in_a_process, name, *arguments, kafka, rabbit) as process:
+            await process.ended(within=60)
+        if process.crashed != (name == "run_and_die"):  # else its messages would be counted as lost by their mode
+            raise RuntimeError(f"{name} in its process {'was killed' if process.crashed else 'has ended'}")
 
     async def _outages(self) -> list[Cell]:
         cells = await self._cells(OUTAGES, own="own_")
