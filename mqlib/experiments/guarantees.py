@@ -118,12 +118,12 @@ async def outage_here(cell: Cell, numbers: Iterable[int]) -> AsyncIterator[None]
             await cell.over.wait()
 
 
-# On RabbitMQ, with the layer below aio-pika, which is twice as fast. After a lost connection a producer begins again at
-# its note.
+# On RabbitMQ, with the layer below aio-pika: there a batch is one write, which takes a quarter of the time of as many
+# calls of `basic_publish`. After a lost connection a producer begins again at its note.
 
 
 async def write_batch(wire: Any, exchange: str, numbers: Sequence[int], **properties: Any) -> None:
-    """Writes them to the socket in one piece, with one message each; with confirms, waits for all of these."""
+    """Writes a message for each number, all in one piece; on a channel with confirms, waits for all of these."""
     publish = spec.Basic.Publish(exchange=exchange)
     frames: list[Any] = []
     for number in numbers:
