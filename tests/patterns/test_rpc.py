@@ -121,7 +121,8 @@ async def test_10_000_calls_each_get_their_own_answer(rabbit: mq.RabbitMQ) -> No
                 order.append(number)
 
         await asyncio.gather(*(work() for _ in range(200)))
-        assert (server.answered, server.failed, client.pending, client.late, client.foreign) == (count, 0, 0, 0, 0)
+        assert (client.pending, client.late, client.foreign) == (0, 0, 0)
+    assert (server.answered, server.failed) == (count, 0)
     assert ledger.exact
     assert ledger.table().loc["", "handled"] == count
     assert order != sorted(order), "some overtook others, or the test shows nothing"
@@ -202,8 +203,8 @@ async def test_a_handler_is_stopped_when_its_caller_has_left(rabbit: mq.RabbitMQ
         await mq.until(lambda: gate.stopped == ["slow"])
         gate.open.set()
         assert await client.call_rpc(server.service, "next") == "next"
-        assert (server.abandoned, server.answered) == (1, 1)
-        assert await left(rabbit, server.service) == 0, "it is not delivered again"
+    assert (server.abandoned, server.answered) == (1, 1)
+    assert await left(rabbit, server.service) == 0, "it is not delivered again"
 
 
 async def test_late_double_and_foreign_replies_reach_nobody_and_are_counted(rabbit: mq.RabbitMQ) -> None:
@@ -250,7 +251,7 @@ async def test_what_the_handler_raises_is_the_callers_error(
             await client.call_rpc(server.service, "bad")
         assert (caught.value.kind, caught.value.outcome) == (kind, "failed")
         assert await client.call_rpc(server.service, "good") == "good"
-        assert (server.failed, server.answered) == (1, 1)
+    assert (server.failed, server.answered) == (1, 1)
 
 
 @pytest.mark.parametrize(("body", "kind"), [(b"\xff", None), (b"[]", "error"), (b"{}", "error")])
@@ -283,7 +284,7 @@ async def test_what_cannot_be_answered_is_rejected_counted_and_stops_nobody(rabb
         letters = await mq.take_messages(await channel.get_queue(dead), 2)
         assert [letter.body for letter in letters] == [b'"from nobody"', b"{"]
         assert (told.type, told.correlation_id, json.loads(told.body)["type"]) == ("error", "1", "JSONDecodeError")
-        assert (server.rejected, server.answered, server.failed) == (2, 1, 0)
+    assert (server.rejected, server.answered, server.failed) == (2, 1, 0)
 
 
 async def test_a_caller_whose_reply_queue_is_gone_is_counted_as_unreachable(rabbit: mq.RabbitMQ) -> None:
@@ -297,7 +298,7 @@ async def test_a_caller_whose_reply_queue_is_gone_is_counted_as_unreachable(rabb
     ):
         await channel.default_exchange.publish(Message(b'"hello"', reply_to=gone), server.service)
         assert await client.call_rpc(server.service, "good") == "good"
-        assert (server.unreachable, server.answered) == (1, 1)
+    assert (server.unreachable, server.answered) == (1, 1)
 
 
 async def test_a_queue_that_takes_no_more_is_known_as_not_done(rabbit: mq.RabbitMQ) -> None:
@@ -484,7 +485,7 @@ async def test_a_server_that_is_killed_hands_its_request_to_another_one(rabbit: 
         assert not call.done()
         async with start_rpc_server(rabbit, name, echo) as server:
             assert await call == "precious"
-            assert server.answered == 1
+        assert server.answered == 1
 
 
 async def test_a_server_stops_in_bounded_time_and_loses_no_request(rabbit: mq.RabbitMQ) -> None:
