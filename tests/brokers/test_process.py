@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import contextlib
 import gc
 import re
 import shutil
 import socket
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -28,9 +29,19 @@ Start = Callable[..., mq.Kafka | mq.RabbitMQ]
 KINDS = pytest.mark.parametrize("start", [mq.kafka, mq.rabbitmq], ids=["kafka", "rabbitmq"])
 
 
-def ours() -> list[psutil.Process]:
-    """Every process that this one's guardian looks after."""
-    return descendants(ownership.guardian()._process.pid)
+def servers() -> set[psutil.Process]:
+    """The processes that this one's guardian has started."""
+    return set(psutil.Process(ownership.guardian()._process.pid).children())
+
+
+def ours(before: Collection[psutil.Process] = ()) -> list[psutil.Process]:
+    """Every process that this one's guardian looks after; without those of the servers that ran `before`, since each
+    RabbitMQ starts an Erlang of its own once a minute, for half a second, to see whether epmd is there."""
+    found = []
+    for server in servers() - set(before):
+        with contextlib.suppress(psutil.NoSuchProcess):
+            found += [server, *descendants(server.pid)]
+    return found
 
 
 # Brokers that nothing is done to.
@@ -271,9 +282,9 @@ def test_clusters_listen_on_loopback_only(kafka_cluster: mq.Kafka, rabbit_cluste
 
 @KINDS
 def test_stop_leaves_no_process_and_no_folder(as_processes: pytest.MonkeyPatch, temporary: Path, start: Start) -> None:
-    before = set(ours())
+    before = servers()
     broker = start(private=True)
-    serving = set(ours()) - before
+    serving = ours(before)
     assert serving
     assert list(temporary.glob("mqlib-*"))
     broker.stop()
@@ -284,9 +295,9 @@ def test_stop_leaves_no_process_and_no_folder(as_processes: pytest.MonkeyPatch, 
 
 
 def test_it_ends_with_the_variable_that_holds_it(as_processes: pytest.MonkeyPatch, temporary: Path) -> None:
-    before = set(ours())
+    before = servers()
     broker = mq.kafka(private=True)
-    serving = set(ours()) - before
+    serving = ours(before)
     assert serving
     del broker
     gc.collect()
@@ -305,12 +316,12 @@ def test_it_ends_with_the_variable_that_holds_it(as_processes: pytest.MonkeyPatc
 def test_a_start_that_fails_shows_the_brokers_own_words_and_leaves_nothing(
     as_processes: pytest.MonkeyPatch, temporary: Path, start: Start, settings: dict[str, str], words: str
 ) -> None:
-    before, begin = set(ours()), time.monotonic()
+    before, begin = servers(), time.monotonic()
     with pytest.raises(mq.BrokerUnavailable) as failure:
         start(settings=settings)
     assert time.monotonic() - begin < 60
     assert words in str(failure.value)
-    assert [each for each in set(ours()) - before if is_alive(each)] == []
+    assert [each for each in ours(before) if is_alive(each)] == []
     assert list(temporary.iterdir()) == []
 
 
