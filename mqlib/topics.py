@@ -57,14 +57,14 @@ async def topic(kafka: Kafka, name: str, partitions: int = 1, replicas: int | No
     return full
 
 
-async def _stop(client: AIOKafkaProducer | AIOKafkaConsumer) -> None:
-    """Stops a client within a bounded time, also when the broker is gone.
+async def _stop(client: AIOKafkaProducer | AIOKafkaConsumer, linger: float = 0.0) -> None:
+    """Stops a client within a bounded time, also when the broker is gone. Records may linger for `linger` seconds.
 
     aiokafka 0.14: `stop` of a consumer without a group right after `start` raises `CancelledError` although nobody
     cancelled; with auto-commit and a dead broker it never returns (aio-libs/aiokafka#659).
     """
     task = asyncio.ensure_future(client.stop())
-    done, _ = await asyncio.wait([task], timeout=STOP_SECONDS)
+    done, _ = await asyncio.wait([task], timeout=linger + STOP_SECONDS)
     if not done:
         await _abandon(client, task)
     elif not task.cancelled() and (error := task.exception()) is not None:
@@ -103,13 +103,17 @@ async def _cancel(task: asyncio.Task[Any] | None) -> None:
 
 @contextlib.asynccontextmanager
 async def producer(kafka: Connectable, **options: Any) -> AsyncIterator[AIOKafkaProducer]:
-    """`AIOKafkaProducer(**kafka.client, **options)`, started, and stopped at the end of the block."""
+    """`AIOKafkaProducer(**kafka.client, **options)`, started, and stopped at the end of the block.
+
+    What was sent and lingers still (`linger_ms`) is sent before the block ends. If the broker does not answer then for
+    10 s, the records without an answer are unknown: what `send` returned for them raises `KafkaConnectionError`.
+    """
     client = AIOKafkaProducer(**kafka.client, **options)
     try:
         await client.start()
         yield client
     finally:
-        await _stop(client)
+        await _stop(client, options.get("linger_ms", 0) / 1000)
 
 
 @contextlib.asynccontextmanager
