@@ -198,7 +198,6 @@ class Aggregator:
     async def _set_aside(self, message: AbstractIncomingMessage, error: Exception) -> None:
         if gone(message):
             return
-        message.headers.pop("CC", None)  # by which the broker would send the letter to all its recipients
         with contextlib.suppress(*GONE):
             await bury(self.link, message, error, 1, self._queue, self._letters)
             if not message.processed:

@@ -106,7 +106,6 @@ class Hop:
         except Unconfirmed:  # the message is delivered again
             raise
         except Exception as error:
-            message.headers.pop("CC", None)  # by which the broker would send the letter to all its recipients
             await bury(link, message, error, 1, self._queue, self._letters)
             self.invalid += 1
         else:

@@ -112,12 +112,14 @@ async def bury(
 
     When the copy is not confirmed the message is rejected, and the broker does it, which does not know the reason.
     """
-    headers: dict[str, Any] = {name: value for name, value in message.headers.items() if name != "x-delivery-count"}
+    ours = ("x-delivery-count", "CC")  # by CC the broker would send the copy to all its recipients again
+    headers: dict[str, Any] = {name: value for name, value in message.headers.items() if name not in ours}
     headers |= {"dead-letter-queue": queue, "dead-letter-attempts": attempts}
     headers["dead-letter-error"] = f"{type(error).__name__}: {error}"[:ERROR_CHARACTERS]
     copy = Message(
         message.body, headers=headers, message_id=message.message_id, timestamp=message.timestamp,
-        type=message.type, content_type=message.content_type, delivery_mode=DeliveryMode.PERSISTENT,
+        type=message.type, content_type=message.content_type, correlation_id=message.correlation_id,
+        delivery_mode=DeliveryMode.PERSISTENT,
     )  # fmt: skip
     try:
         await send(connection, copy, routing_key, exchange)

@@ -204,9 +204,11 @@ async def test_one_that_waits_is_left_to_its_next_delivery_when_the_connection_i
         await mq.until(lambda: router.hop.waited)
         network.cut()
         await mq.until(lambda: router.hop.consumer.errors == 1 and router.hop.consumer.delivered == 2, within=15)
-        assert await bodies(rabbit, full, 1) == ["first"]
-        await mq.until(lambda: router.hop.passed == 1, within=15)
-    assert await bodies(rabbit, full, 1) == ["second"]
+        async with mq.channel(rabbit) as channel:
+            taken = await mq.take_messages(await channel.get_queue(full), 2, within=15)
+        await mq.until(lambda: router.hop.passed == 1)
+    assert [json.loads(message.body) for message in taken] == ["first", "second"]
+    assert await held(rabbit, full) == []
     assert router.hop.sent == 1
 
 

@@ -71,6 +71,24 @@ async def test_a_task_that_always_fails_is_tried_so_often_and_set_aside_once_wit
     assert str(worker) == "done 5, failed 3, unparsable 0, dead-lettered 1"
 
 
+async def test_a_task_that_went_to_others_too_is_set_aside_without_going_to_them_again(rabbit: mq.RabbitMQ) -> None:
+    """RabbitMQ sends what is published with a header CC to the queues in it."""
+    queue, other = rabbit.name("copied"), rabbit.name("other")
+
+    async def do(task: Task) -> None:
+        raise ValueError("never today")
+
+    async with task_queue(rabbit, queue, attempts=1), mq.channel(rabbit) as channel:
+        copies = await channel.declare_queue(other, durable=True)
+        task = aio_pika.Message(b'"poison"', headers={"CC": [other], "mine": 1}, correlation_id="c")
+        await channel.default_exchange.publish(task, queue)
+        async with start_worker(rabbit, queue, do, attempts=1) as worker:
+            await mq.until(lambda: worker.dead_lettered == 1)
+        assert len(await mq.take_messages(copies, 2, within=0)) == 1
+    [letter] = await dead_letters(rabbit, queue)
+    assert (letter.headers["mine"], letter.correlation_id, "CC" in letter.headers) == (1, "c", False)
+
+
 async def test_a_task_that_fails_and_then_does_not(rabbit: mq.RabbitMQ) -> None:
     queue, tries = rabbit.name("transient"), list[int]()
 
