@@ -34,7 +34,7 @@ QUICK_START = ("-XX:+UseSerialGC", "-XX:TieredStopAtLevel=1")
 def command(option: str, logging: Path, jars: Sequence[Path]) -> list[str]:
     """Java with its options, up to the name of the class that it is to run."""
     return [
-        str(java()), "-Xmx512m", *QUICK_START, "-XX:-UsePerfData", option,
+        str(java()), "-Xmx512m", *QUICK_START, "-XX:-UsePerfData", f"-Djava.io.tmpdir={logging.parent}", option,
         f"-Dlog4j2.configurationFile={logging}", "-cp", os.pathsep.join(map(str, jars)),
     ]  # fmt: skip
 

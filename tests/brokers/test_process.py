@@ -53,6 +53,19 @@ async def test_kafka_is_ready_when_it_is_there(own_kafka: mq.Kafka) -> None:
     await contract.first_record(own_kafka)
 
 
+async def test_what_kafka_unpacks_for_its_codecs_lies_in_the_folder_that_is_deleted(own_kafka: mq.Kafka) -> None:
+    """A JVM that is killed cannot delete it, and a broker is."""
+    topic = await mq.topic(own_kafka, "compressed")
+    for codec in ("lz4", "snappy", "zstd"):
+        async with mq.producer(own_kafka, compression_type=codec) as producer:
+            await producer.send_and_wait(topic, b"x" * 1000)
+    [node] = own_kafka.nodes
+    assert isinstance(node, process.ProcessNode)
+    mapped = {each.path for each in psutil.Process(node.pid).memory_maps() if re.search("lz4-|snappy-", each.path)}
+    assert len(mapped) == 2
+    assert {Path(path).parent for path in mapped} == {node._folder}
+
+
 async def test_rabbitmq_is_ready_when_it_is_there(own_rabbit: mq.RabbitMQ) -> None:
     assert own_rabbit.provider == "process"
     assert own_rabbit.version >= (3, 8)
