@@ -24,10 +24,14 @@ async def dead_letters(rabbit: mq.RabbitMQ, queue: str, count: int = 1) -> list[
 
 
 async def test_every_task_is_done_once_by_one_of_the_workers(rabbit: mq.RabbitMQ) -> None:
-    queue, ledger = rabbit.name("shared"), mq.Ledger()
+    """Their first tasks wait for each other: one worker alone, that started earlier, could do all of them."""
+    queue, ledger, both, begun = rabbit.name("shared"), mq.Ledger(), asyncio.Barrier(2), list[int]()
 
     async def do(task: Task) -> None:
         assert task.attempt == 1
+        begun.append(task.data["n"])
+        if len(begun) <= 2:
+            await both.wait()
         ledger.received(task.data["n"])
 
     async with task_queue(rabbit, queue) as tasks:
