@@ -312,10 +312,10 @@ async def test_a_kafka_that_is_killed_makes_it_unknown_and_then_it_goes_on() -> 
                 await mq.until(lambda: heard and heard_silent, within=15)
                 found = health(watch, probing, stalled_after=1e-9)
                 assert (found.live, found.ready) == (True, False), "a restart of the consumer brings no broker back"
-            await mq.until(lambda: len(heard) == len(heard_silent) == 2, within=15)
+            await mq.until(lambda: late.state is FIRING and silent.state is OK, within=30)
             await mq.until(lambda: watch.error is probing.error is None)
-    assert heard == [(FIRING, UNKNOWN), (UNKNOWN, FIRING)]
-    assert heard_silent == [(OK, UNKNOWN), (UNKNOWN, OK)]
+    assert set(heard) == {(FIRING, UNKNOWN), (UNKNOWN, FIRING)}, "never all right; on a slow machine more than once"
+    assert (heard_silent[0], heard_silent[-1][1]) == ((OK, UNKNOWN), OK)
     assert probing.missed > 0, "what was not confirmed is no sample of the path"
     assert canary.fates["lost"] == 0, "nobody can know that"
     assert canary.fates["on time"] > 0
@@ -363,9 +363,10 @@ async def test_a_rabbitmq_that_is_killed_makes_it_unknown_and_then_it_goes_on() 
                     found = health(watch, probing)
                     assert (found.live, found.ready) == (True, False)
             assert sending.done()
-            await mq.until(lambda: len(heard) == len(heard_silent) == 2, within=15)
+            await mq.until(lambda: full.state is silent.state is OK, within=30)
             await mq.until(lambda: ledger.lost == 0)
-    assert heard == heard_silent == [(OK, UNKNOWN), (UNKNOWN, OK)]
+    assert heard[0] == heard_silent[0] == (OK, UNKNOWN), "it may fire in between: the worker is back after the canary"
+    assert heard[-1][1] is heard_silent[-1][1] is OK
     assert worker.errors == 0
     assert probing.missed > 0
     assert canary.fates["lost"] == 0
