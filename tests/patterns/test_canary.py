@@ -243,7 +243,7 @@ async def test_a_worker_that_hangs_makes_the_canary_of_its_queue_silent(rabbit: 
         assert (await mq.depth(rabbit, queue, by="amqp")).ready <= 103
         works.set()
         await mq.until(lambda: silent.state is State.OK and ledger.exact, within=10)
-    assert canary.fates["late"] == 3
+    assert canary.fates["late"] >= 3, "these three, and on a slow machine those behind the hundred tasks"
     assert worker.errors == 0
 
 

@@ -455,7 +455,8 @@ async def test_a_rebalance_waits_for_the_commit_under_way(kafka: mq.Kafka, monke
             gate.set()
             await mq.until(lambda: one._parts and two._parts, within=20)
             await mq.until(handler.has(42), within=20)
-    assert (one.report.lost, one.report.revoked, len(handler.handled)) == (0, 2, 42)
+            assert (one.report.lost, one.report.revoked) == (0, 2), "once; it may be again when the other leaves"
+    assert (one.report.lost, len(handler.handled)) == (0, 42)
     assert sum(offset or 0 for offset in (await committed(kafka, group)).values()) == 42
 
 
