@@ -309,9 +309,9 @@ def test_leaving_a_client_of_a_dead_broker_ends_and_leaves_nothing(client: str) 
 async def test_what_lingers_longer_than_a_stop_may_take_is_sent_before_the_block_ends(
     kafka: mq.Kafka, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(topics, "STOP_SECONDS", 0.2)
+    monkeypatch.setattr(topics, "STOP_SECONDS", 2.0)
     topic = await mq.topic(kafka, "lingering")
-    async with mq.producer(kafka, linger_ms=1000) as producer:
+    async with mq.producer(kafka, linger_ms=3000) as producer:
         answers = [await producer.send(topic, b"%d" % number) for number in range(3)]
     assert [answer.result().offset for answer in answers] == [0, 1, 2]
     assert [record.value for record in await mq.read(kafka, topic)] == [b"0", b"1", b"2"]

@@ -377,7 +377,7 @@ async def test_recurring_jobs_keep_to_their_grid_and_survive_a_restart(kafka: mq
                 await mq.until(partial(has_fired, scheduler, (now - 900) // 100), within=20)
         clock.now = 1310
         async with start_scheduler(kafka, timers, clock=clock) as scheduler:
-            await mq.until(lambda: scheduler.report.fired == 1, within=20)
+            await mq.until(lambda: (scheduler.report.fired, scheduler.waiting) == (1, 1), within=20)  # for the next
             await cancel_message(producer, timers, "j")
             await mq.until(lambda: scheduler.waiting == 0 and scheduler.report.cancelled == 1, within=20)
             clock.now = 5000
