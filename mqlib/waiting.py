@@ -49,11 +49,11 @@ async def beside(
     block = asyncio.current_task()
     assert block is not None
     task = asyncio.create_task(work)
-    interrupted = False
+    interrupted = leaving = False
 
     def interrupt(done: asyncio.Task[Any]) -> None:
         nonlocal interrupted
-        if not done.cancelled() and done.exception() is not None:
+        if not leaving and not done.cancelled() and done.exception() is not None:
             interrupted = True
             block.cancel()
 
@@ -64,7 +64,7 @@ async def beside(
         if not interrupted or block.uncancel() > 0:
             raise
     finally:
-        task.remove_done_callback(interrupt)
+        leaving = True  # the callback may be on its way, when both end in the same turn of the loop
         (stop or task.cancel)()
         await asyncio.wait([task])
     if not task.cancelled():

@@ -112,6 +112,28 @@ async def test_work_that_fails_interrupts_its_block_with_its_error() -> None:
     await asyncio.sleep(0)  # the interruption is over: this is not cancelled
 
 
+async def test_work_that_fails_in_the_turn_in_which_its_block_ends_gives_its_error() -> None:
+    """The block goes on before the task's callback is called, and is not interrupted while it waits for the task."""
+    told = asyncio.Event()
+
+    async def work() -> None:
+        told.set()
+        raise ValueError("the task's own")
+
+    with pytest.raises(ValueError, match="the task's own"):
+        async with beside(work()):
+            await told.wait()
+    told.clear()
+    with pytest.raises(KeyError, match="the block's own"):
+        async with beside(work()) as task:
+            await told.wait()
+            raise KeyError("the block's own")
+    assert str(task.exception()) == "the task's own"
+    current = asyncio.current_task()
+    assert current
+    assert current.cancelling() == 0
+
+
 async def test_a_block_that_is_cancelled_from_outside_stays_cancelled() -> None:
     ended = asyncio.Event()
 
